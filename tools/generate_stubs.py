@@ -1,4 +1,4 @@
-"""Generates the gRPC stubs from `protos/` into a folder: `python tools/generate_stubs.py [OUT]`, default `src`."""
+"""Generates the gRPC stubs from `protos/`: `python tools/generate_stubs.py [OUT]`, by default into `src`."""
 
 import sys
 from importlib.resources import files

@@ -1,0 +1,55 @@
+"""What each model family is: facts read from a checkpoint's `config.json`, no weights and no framework.
+
+A family is a module here named by its Hugging Face `model_type`, with one function, `facts(config)`; its
+two adapters carry the same name under `services/encoder/families/` and `services/llm/families/`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class UnsupportedModel(Exception):
+    """A checkpoint of a family, or with a setting, that is not served. The message says which are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One checkpoint's facts. Layers are 1-based; D channels, H×W the token grid of one view."""
+
+    family: str
+    layers: int
+    """Encoder layers in the checkpoint, L."""
+    object_layer: int
+    """The paper's default for this encoder: its middle layer."""
+    deep_layer: int
+    """The layer whose output is the visual feature; nothing behind it runs."""
+    hidden_size: int
+    """Channels of a visual token before the projector, D."""
+    grid: tuple[int, int] | None
+    """H, W of every view where the family has one fixed grid, else None."""
+    vision_keys: re.Pattern[str]
+    """Matches the prefix of every vision tensor on disk, in all layouts; what is left is its normal name."""
+    paired_text_model: str
+    """Hub id of the text encoder trained with the vision tower; empty when the family has none."""
+
+
+def families() -> list[str]:
+    """Names of the families that are served."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def facts_of(config: Mapping[str, Any]) -> Facts:
+    """Facts of the checkpoint whose `config.json` is given. Raises UnsupportedModel."""
+    model_type = str(config.get("model_type", ""))
+    if model_type not in families():
+        raise UnsupportedModel(
+            f"config.json: model_type is {model_type!r}, expected one of {', '.join(families())}"
+        )
+    facts: Facts = importlib.import_module(f"{__name__}.{model_type}").facts(config)
+    return facts

@@ -230,6 +230,7 @@ class ModelFingerprint(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    PAIRED_DIGEST_FIELD_NUMBER: _builtins.int
     family: _builtins.str
     """Model family, for example "llava"."""
     vision_digest: _builtins.str
@@ -242,6 +243,10 @@ class ModelFingerprint(_message.Message):
     """Channels of View.features, D; at least 1."""
     layers: _builtins.int
     """Encoder layers of the checkpoint, L; at least 1."""
+    paired_digest: _builtins.str
+    """SHA-256, in lower-case hexadecimal (64 characters), over every tensor of the paired text encoder's checkpoint,
+    in whose space View.aligned is; empty when there is none.
+    """
     def __init__(
         self,
         *,
@@ -251,10 +256,11 @@ class ModelFingerprint(_message.Message):
         dtype: _tensor_pb2.DataType.ValueType = ...,
         hidden_size: _builtins.int = ...,
         layers: _builtins.int = ...,
+        paired_digest: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "family", b"family", "hidden_size", b"hidden_size", "layers", b"layers", "preprocessing_digest", b"preprocessing_digest", "vision_digest", b"vision_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "family", b"family", "hidden_size", b"hidden_size", "layers", b"layers", "paired_digest", b"paired_digest", "preprocessing_digest", b"preprocessing_digest", "vision_digest", b"vision_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,207 @@
+"""A gRPC service process: interceptor, health, reflection, readiness, drain. Knows no method."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, Final, Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from grpc_status import rpc_status
+
+from hiprune import deadlines, telemetry
+from hiprune.checkpoints import CheckpointError
+from hiprune.config import ConfigError, ServiceSettings
+from hiprune.errors import Expired, HipruneError, Internal, Unavailable, to_status
+
+log = logging.getLogger("hiprune.server")
+
+LIVENESS: Final = "liveness"
+"""Health name that is SERVING from the first moment: the process lives, loaded or not."""
+
+_HEALTH: Final = "grpc.health.v1.Health"
+_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class Service(Protocol):
+    """What a service gives `run`: servicers, and what it takes to be ready and to leave."""
+
+    names: Sequence[str]
+    """Full names of its gRPC services."""
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds its servicers."""
+
+    async def start(self) -> None:
+        """Loads and warms up; may take minutes. Requests are refused until it returns."""
+
+    async def stop(self) -> None:
+        """Frees everything; no request is running any more."""
+
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def main(settings_class: type[S], make: Callable[[S], Service]) -> None:
+    """Entry point of `python -m services.X`. A wrong setting or checkpoint is one line and exit code 2."""
+    try:
+        settings = settings_class.read(sys.argv[1:], os.environ)
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            format=f"%(asctime)s %(levelname)s {settings.service} %(name)s: %(message)s",
+        )
+        for chatty in ("httpx", "huggingface_hub"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        telemetry.set_up(settings.service, settings.otlp_endpoint)
+        asyncio.run(run(settings, make(settings)))
+    except (ConfigError, CheckpointError) as error:
+        print(f"hiprune {settings_class.service}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+async def run(settings: ServiceSettings, service: Service) -> None:
+    """Serves until SIGTERM or SIGINT, then drains: NOT_SERVING, running requests finish, it leaves."""
+    gate = RequestGate(settings.default_deadline_ms / 1000)
+    server = grpc.aio.server(
+        interceptors=[gate],
+        options=[
+            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.max_send_message_length", settings.max_message_bytes),
+            # clients must come back now and then to find new pods; a stream in flight gets its whole deadline
+            ("grpc.max_connection_age_ms", settings.max_connection_age_ms),
+            ("grpc.max_connection_age_grace_ms", max(settings.default_deadline_ms, settings.drain_ms)),
+            ("grpc.so_reuseport", 0),
+        ],
+    )
+    health = health_aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    service.register(server)
+    reflection.enable_server_reflection((*service.names, _HEALTH, reflection.SERVICE_NAME), server)
+    await health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+    readiness = ("", *service.names)
+    for name in readiness:
+        await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    try:
+        server.add_insecure_port(settings.listen)
+    except RuntimeError as error:
+        raise ConfigError(f"listen (--listen): got {settings.listen!r}, which cannot be bound") from error
+    if settings.allow_anonymous:
+        log.warning("allow_anonymous: anybody who reaches %s may use this service", settings.listen)
+    await server.start()
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        starting = asyncio.create_task(service.start())
+        await asyncio.wait(
+            {starting, waiting := asyncio.create_task(stopping.wait())}, return_when=asyncio.FIRST_COMPLETED
+        )
+        if starting.done():
+            starting.result()
+            gate.open()
+            for name in readiness:
+                await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+            log.info("ready on %s", settings.listen)
+            await waiting
+        log.info("draining")
+        for name in readiness:
+            await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+    finally:
+        await server.stop(settings.drain_ms / 1000)
+        await service.stop()
+        log.info("stopped")
+
+
+class RequestGate(grpc.aio.ServerInterceptor):
+    """Around every request: readiness, the deadline, the trace, and errors as statuses with details."""
+
+    def __init__(self, default_deadline_s: float) -> None:
+        self._default_deadline_s = default_deadline_s
+        self._open = False
+
+    def open(self) -> None:
+        """Lets requests through."""
+        self._open = True
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """Wraps our own methods; health and reflection pass as they are."""
+        handler = await continuation(details)
+        if handler is None or not details.method.startswith("/hiprune."):
+            return handler
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+        )
+
+    def _unary(self, behaviour: Callable[..., Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:
+        async def guarded(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> Message:
+            try:
+                async with asyncio.timeout(self._begin(context)):
+                    return await behaviour(request, context)
+            except Exception as error:
+                await _abort(context, error)
+                raise  # unreachable: abort raises
+
+        return guarded
+
+    def _stream(
+        self, behaviour: Callable[..., AsyncIterator[Message]]
+    ) -> Callable[..., AsyncIterator[Message]]:
+        async def guarded(
+            request: Message, context: grpc.aio.ServicerContext[Any, Any]
+        ) -> AsyncIterator[Message]:
+            stream = behaviour(request, context)
+            try:
+                async with asyncio.timeout(self._begin(context)):
+                    async for message in stream:
+                        yield message
+            except Exception as error:
+                await _abort(context, error)
+            finally:
+                await stream.aclose()  # type: ignore[attr-defined]  # an async generator: frees its slot now
+
+        return guarded
+
+    def _begin(self, context: grpc.aio.ServicerContext[Any, Any]) -> float:
+        """Seconds that this request has. Raises Unavailable before the service is ready."""
+        if not self._open:
+            raise Unavailable("the service is starting", reason="NOT_READY", retry_after_s=1)
+        left = context.time_remaining()
+        seconds = self._default_deadline_s if left is None else float(left)
+        if seconds <= 0:
+            raise Expired("the deadline had passed when the request arrived")
+        deadlines.begin(seconds)
+        telemetry.adopt(
+            {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        )
+        return seconds
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+    """Ends the request with the error's status; what was not foreseen goes to the log, not to the client."""
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, TimeoutError):
+        error = Expired("the deadline passed before the answer was ready")
+    if not isinstance(error, HipruneError):
+        log.error("unforeseen error", exc_info=error)
+        error = Internal("internal error; the service's log has the cause")
+    elif isinstance(error, Internal):
+        log.error("internal error", exc_info=error)
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))

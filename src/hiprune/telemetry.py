@@ -1,0 +1,109 @@
+"""Names of stages and spans, and the clock that reports them. Silent until `set_up` is given an endpoint.
+
+One `with stage("vision"):` both times the stage for the caller's report and opens an OpenTelemetry span.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Final
+
+from opentelemetry import context as otel_context
+from opentelemetry import propagate, trace
+
+from hiprune.v1 import encoder_service_pb2
+
+STAGES: Final = (
+    "queue",
+    "preprocess",
+    "vision",
+    "encode",
+    "text",
+    "select",
+    "cache_get",
+    "cache_put",
+    "prune",
+    "project",
+    "prefill",
+    "decode",
+)
+"""Every stage a report may name; StageTiming.stage documents the same list."""
+
+
+class StageClock:
+    """Stages of one request in the order in which they ended: (name, seconds)."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[str, float]] = []
+
+    def add(self, name: str, seconds: float) -> None:
+        """Records a stage that was timed elsewhere. `name` is one of STAGES."""
+        if name not in STAGES:
+            raise ValueError(f"stage {name!r} is not declared in hiprune.telemetry.STAGES")
+        self.entries.append((name, seconds))
+
+    def extend(self, timings: Iterable[encoder_service_pb2.StageTiming]) -> None:
+        """Takes over a peer's timings."""
+        for timing in timings:
+            self.entries.append((timing.stage, timing.duration.ToMicroseconds() / 1e6))
+
+    def to_proto(self) -> list[encoder_service_pb2.StageTiming]:
+        """The stages as the wire has them."""
+        timings = []
+        for name, seconds in self.entries:
+            timing = encoder_service_pb2.StageTiming(stage=name)
+            timing.duration.FromMicroseconds(int(seconds * 1e6))
+            timings.append(timing)
+        return timings
+
+
+_clock: ContextVar[StageClock | None] = ContextVar("hiprune_stage_clock", default=None)
+
+
+def start_clock() -> StageClock:
+    """A fresh clock for the current request; `stage` records into it."""
+    clock = StageClock()
+    _clock.set(clock)
+    return clock
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    """Times a stage into the request's clock and spans it."""
+    clock = _clock.get()
+    started = time.perf_counter()
+    with trace.get_tracer("hiprune").start_as_current_span(name):
+        try:
+            yield
+        finally:
+            if clock is not None:
+                clock.add(name, time.perf_counter() - started)
+
+
+def outgoing_metadata() -> tuple[tuple[str, str], ...]:
+    """W3C trace context of the current span, as gRPC metadata."""
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return tuple(carrier.items())
+
+
+def adopt(metadata: Mapping[str, str]) -> None:
+    """Continues the caller's trace in the current request."""
+    otel_context.attach(propagate.extract(metadata))
+
+
+def set_up(service: str, otlp_endpoint: str) -> None:
+    """Exports traces of `service` to an OTLP collector; does nothing when the endpoint is empty."""
+    if not otlp_endpoint:
+        return
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider(resource=Resource.create({"service.name": f"hiprune-{service}"}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=otlp_endpoint, insecure=True)))
+    trace.set_tracer_provider(provider)
