@@ -22,6 +22,11 @@ def begin(remaining_s: float) -> None:
     _deadline.set(time.monotonic() + remaining_s)
 
 
+def clear() -> None:
+    """Forgets the deadline: for work that outlives the request that began it."""
+    _deadline.set(None)
+
+
 def remaining_s() -> float | None:
     """Seconds left, below zero when past; None outside a request."""
     deadline = _deadline.get()

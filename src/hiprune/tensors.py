@@ -9,48 +9,48 @@ from collections.abc import Collection, Sequence
 from math import prod
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from hiprune.errors import InvalidInput
 from hiprune.v1 import tensor_pb2
 
-TORCH_DTYPES: Final[dict[int, torch.dtype]] = {
+TORCH_DTYPES: Final[dict[tensor_pb2.DataType.ValueType, torch.dtype]] = {
     tensor_pb2.DATA_TYPE_BF16: torch.bfloat16,
     tensor_pb2.DATA_TYPE_F16: torch.float16,
     tensor_pb2.DATA_TYPE_F32: torch.float32,
     tensor_pb2.DATA_TYPE_I32: torch.int32,
 }
-WIRE_DTYPES: Final[dict[torch.dtype, int]] = {torch_type: wire for wire, torch_type in TORCH_DTYPES.items()}
+WIRE_DTYPES: Final = {torch_type: wire for wire, torch_type in TORCH_DTYPES.items()}
+_NAMES: Final = {torch_type: tensor_pb2.DataType.Name(wire) for wire, torch_type in TORCH_DTYPES.items()}
 FLOATS: Final = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
 
 def to_proto(tensor: torch.Tensor) -> tensor_pb2.Tensor:
-    """A tensor of any shape, wire dtype and device, as bytes: a copy to the host, another into the message."""
+    """A tensor of any shape, wire dtype and device as bytes: a copy to the host, another into the message."""
     flat = tensor.detach().contiguous().cpu()
     data = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return tensor_pb2.Tensor(
-        dtype=tensor_pb2.DataType.ValueType(WIRE_DTYPES[tensor.dtype]), shape=list(tensor.shape), data=data
-    )
+    return tensor_pb2.Tensor(dtype=WIRE_DTYPES[tensor.dtype], shape=list(tensor.shape), data=data)
 
 
-def from_proto(
+def check(
     message: tensor_pb2.Tensor,
     *,
     field: str,
     shape: Sequence[int | None],
     dtypes: Collection[torch.dtype] = FLOATS,
-    finite: bool = False,
-) -> torch.Tensor:
-    """The message's tensor on the CPU, in memory of its own.
+) -> torch.dtype:
+    """The message's dtype, once its rank, extents, dtype and length are as expected; allocates nothing.
 
-    `shape` is what the caller expects, None for a free extent: its length is the rank. With `finite`,
-    NaN and infinities are refused. Raises InvalidInput naming `field`, the value and the bound.
+    `shape` is what the caller expects, None for a free extent: its length is the rank.
+    Raises InvalidInput naming `field`, the value and the bound.
     """
-    name = tensor_pb2.DataType.Name(message.dtype) if message.dtype in TORCH_DTYPES else str(message.dtype)
     dtype = TORCH_DTYPES.get(message.dtype)
+    name = _NAMES[dtype] if dtype else str(message.dtype)
     if dtype is None or dtype not in dtypes:
-        legal = ", ".join(sorted(tensor_pb2.DataType.Name(WIRE_DTYPES[each]) for each in dtypes))  # type: ignore[arg-type]
-        raise InvalidInput(f"dtype is {name}, expected one of {legal}", field=f"{field}.dtype")
+        legal = ", ".join(_NAMES[each] for each in TORCH_DTYPES.values() if each in dtypes)
+        raise InvalidInput(f"dtype is {name}, expected {legal}", field=f"{field}.dtype")
     extents = tuple(message.shape)
     if len(extents) != len(shape):
         raise InvalidInput(
@@ -68,7 +68,24 @@ def from_proto(
             f"holds {len(message.data)} bytes, expected {need} for shape {_show(extents)} of {name}",
             field=f"{field}.data",
         )
-    if need == 0:
+    return dtype
+
+
+def from_proto(
+    message: tensor_pb2.Tensor,
+    *,
+    field: str,
+    shape: Sequence[int | None],
+    dtypes: Collection[torch.dtype] = FLOATS,
+    finite: bool = False,
+) -> torch.Tensor:
+    """The message's tensor on the CPU, in memory of its own, after `check`.
+
+    With `finite`, NaN and infinities are refused. Raises InvalidInput.
+    """
+    dtype = check(message, field=field, shape=shape, dtypes=dtypes)
+    extents = tuple(message.shape)
+    if not message.data:
         return torch.empty(extents, dtype=dtype)
     # torch warns of read-only memory, so the bytes get a home of their own: one copy, 10 GB/s
     tensor = torch.frombuffer(bytearray(message.data), dtype=dtype).reshape(extents)
@@ -78,6 +95,14 @@ def from_proto(
             f"element {where} is {float(tensor.flatten()[where])}, expected finite numbers", field=field
         )
     return tensor
+
+
+def take_rows(message: tensor_pb2.Tensor, indices: npt.NDArray[np.int64]) -> tensor_pb2.Tensor:
+    """Rows `indices` (K,) of a checked (N, D) tensor as a (K, D) one, bit for bit, in any dtype."""
+    rows, channels = message.shape
+    table = np.frombuffer(message.data, np.uint8).reshape(rows, -1)
+    kept = table[indices].tobytes()
+    return tensor_pb2.Tensor(dtype=message.dtype, shape=[len(indices), channels], data=kept)
 
 
 def _show(shape: Sequence[int | None]) -> str:

@@ -1,0 +1,63 @@
+"""Single flight: concurrent callers who want the same thing share one piece of work.
+
+The work belongs to no caller: a cancelled leader does not fail its followers, and the work stops when the
+last waiter leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+from collections.abc import Callable, Coroutine, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from hiprune import deadlines
+
+Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class _Flight(Generic[Result]):
+    task: asyncio.Task[Result]
+    waiters: int
+
+
+class SingleFlight(Generic[Key, Result]):
+    """Runs `work` at most once at a time for each key."""
+
+    def __init__(self) -> None:
+        self._flights: dict[Key, _Flight[Result]] = {}
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    async def run(self, key: Key, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """The result of `work()` for `key`, shared with everybody who asks before it is done.
+
+        Raises what the work raises, to each waiter.
+        """
+        flight = self._flights.get(key)
+        if flight is None:
+            # the leader's trace goes along, its deadline does not: a follower may have more time
+            context = contextvars.copy_context()
+            context.run(deadlines.clear)
+            flight = _Flight(asyncio.create_task(work(), context=context), 0)
+            self._flights[key] = flight
+            flight.task.add_done_callback(functools.partial(self._landed, key, flight))
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiters -= 1
+            if flight.waiters == 0 and not flight.task.done():
+                # gone from the table at once: a newcomer must not join work that is being cancelled
+                self._landed(key, flight, flight.task)
+                flight.task.cancel()
+
+    def _landed(self, key: Key, flight: _Flight[Result], _: asyncio.Task[Result]) -> None:
+        """Takes a flight off the table, unless another has taken its place."""
+        if self._flights.get(key) is flight:
+            del self._flights[key]

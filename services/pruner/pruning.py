@@ -1,0 +1,213 @@
+"""Views and a policy in, pruned views out: the seam between the wire's messages and the pure selection.
+
+Checks the views it is given. Knows no cache, no encoder and no text model: a similarity comes in ready.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hiprune import tensors
+from hiprune.errors import InvalidInput
+from hiprune.v1 import encoder_service_pb2, pruner_service_pb2
+from services.pruner import selection
+from services.pruner.policy import Policy
+from services.pruner.selection import Selection
+
+View = encoder_service_pb2.View
+Scores = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """What text guidance compares the tokens with, for each view, or why there is none."""
+
+    similarities: Sequence[Scores] | None = None  # V × (N,)
+    text_model: str = ""
+    note: str = ""
+
+
+NO_QUESTION = Guidance(note="no question")
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """What is left of one media item, and the summary for its report."""
+
+    views: list[pruner_service_pb2.PrunedView]
+    summary: pruner_service_pb2.PruneSummary
+
+
+def check_views(views: Sequence[View], *, max_tokens: int) -> None:
+    """Refuses views whose tensors do not fit their grids. Raises InvalidInput naming `views[i].…`."""
+    for number, view in enumerate(views):
+        field = f"views[{number}]"
+        for name, extent in (("grid_height", view.grid_height), ("grid_width", view.grid_width)):
+            if not 1 <= extent <= max_tokens:
+                raise InvalidInput(f"{extent} is outside [1, {max_tokens}]", field=f"{field}.{name}")
+        count = view.grid_height * view.grid_width
+        if count > max_tokens:
+            raise InvalidInput(
+                f"{view.grid_height} × {view.grid_width} is {count} tokens, expected at most {max_tokens}",
+                field=f"{field}.grid_height",
+                reason="LIMIT_EXCEEDED",
+            )
+        if view.HasField("features"):
+            tensors.check(view.features, field=f"{field}.features", shape=(count, None))
+        if view.HasField("aligned"):
+            tensors.check(view.aligned, field=f"{field}.aligned", shape=(count, None))
+        if view.HasField("prefix_features"):
+            tensors.check(view.prefix_features, field=f"{field}.prefix_features", shape=(None, None))
+
+
+def similarities(
+    views: Sequence[View], vector: torch.Tensor, *, space: str = "aligned", field: str = "text_vector"
+) -> list[Scores]:
+    """Cosine of each token of each view's `space` ("aligned" or "features") with `vector` (A,): V × (N,).
+
+    Raises InvalidInput when widths differ, or when the result is not finite.
+    """
+    found = []
+    for number, view in enumerate(views):
+        message = getattr(view, space)
+        count = view.grid_height * view.grid_width
+        rows = tensors.from_proto(message, field=f"views[{number}].{space}", shape=(count, None), finite=True)
+        if rows.shape[1] != vector.shape[0]:
+            raise InvalidInput(
+                f"{vector.shape[0]} channels, expected {rows.shape[1]} as in views[{number}].{space}",
+                field=field,
+            )
+        found.append(_cosine(rows, vector).numpy())
+    return found
+
+
+def prune(views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: bytes) -> Pruned:
+    """Prunes checked views. `seed` is the digest behind RANDOM.
+
+    Raises InvalidInput naming `views[i].attention` when the scores that the method reads are missing or
+    unfit, and `policy.keep_count` when a view would keep nothing.
+    """
+    counts = [view.grid_height * view.grid_width for view in views]
+    everything = policy.method == pruner_service_pb2.METHOD_NONE
+    budgets = counts if everything else policy.keep_per_view(counts)
+    pruned = []
+    for number, (view, budget) in enumerate(zip(views, budgets, strict=True)):
+        similarity = guidance.similarities[number] if guidance.similarities is not None else None
+        object_scores = deep_scores = None
+        if policy.reads_attention or policy.include_scores:
+            object_scores = _scores(view, policy.object_layer, number, required=policy.reads_attention)
+            deep_scores = _scores(view, policy.deep_layer, number, required=policy.reads_attention)
+        kept = _select(policy, budget, view, number, object_scores, deep_scores, similarity, seed)
+        pruned.append(_pruned_view(view, kept))
+        if policy.include_scores:
+            _add_scores(pruned[-1].selection.scores, object_scores, deep_scores, similarity)
+    summary = pruner_service_pb2.PruneSummary(
+        policy=policy.to_proto(),
+        tokens_before=sum(counts),
+        tokens_requested=policy.requested(counts),
+        tokens_kept=sum(len(view.selection.kept_indices) for view in pruned),
+        deep_layer=policy.deep_layer if policy.reads_attention else 0,
+    )
+    if policy.reads_text:
+        summary.text_model = guidance.text_model
+        summary.text_note = guidance.note
+    return Pruned(pruned, summary)
+
+
+def _select(
+    policy: Policy,
+    budget: int,
+    view: View,
+    number: int,
+    object_scores: Scores | None,
+    deep_scores: Scores | None,
+    similarity: Scores | None,
+    seed: bytes,
+) -> Selection:
+    """The selection of one view by the policy's method."""
+    count = view.grid_height * view.grid_width
+    if object_scores is not None and deep_scores is not None and policy.reads_attention:
+        return selection.hiprune_plus_plus(
+            object_scores,
+            deep_scores,
+            similarity if policy.reads_text else None,
+            width=view.grid_width,
+            keep=budget,
+            alpha=policy.alpha,
+            beta=policy.beta,
+            buffer=policy.buffer,
+            text_budget=policy.text_budget,
+        )
+    match policy.method:
+        case pruner_service_pb2.METHOD_RANDOM:
+            own_seed = hashlib.sha256(seed + number.to_bytes(4, "little")).digest()
+            return selection.random_tokens(count, keep=budget, seed=own_seed)
+        case pruner_service_pb2.METHOD_STRIDED:
+            return selection.strided(count, keep=budget)
+        case _:
+            return selection.everything(count)
+
+
+def _scores(view: View, layer: int, number: int, *, required: bool) -> Scores | None:
+    """One layer's scores (N,) of a view; None when they are absent and not required."""
+    for place, entry in enumerate(view.attention):
+        if entry.layer == layer:
+            field = f"views[{number}].attention[{place}].scores"
+            count = view.grid_height * view.grid_width
+            scores = tensors.from_proto(
+                entry.scores, field=field, shape=(count,), dtypes=(torch.float32,), finite=True
+            )
+            return scores.numpy()
+    if not required:
+        return None
+    given = [entry.layer for entry in view.attention]
+    raise InvalidInput(
+        f"holds layers {given}, expected layer {layer} among them",
+        field=f"views[{number}].attention",
+        reason="MISSING_FIELD",
+    )
+
+
+def _pruned_view(view: View, kept: Selection) -> pruner_service_pb2.PrunedView:
+    pruned = pruner_service_pb2.PrunedView(
+        selection=pruner_service_pb2.Selection(
+            kept_indices=kept.indices.tolist(),
+            kinds=kept.kinds.tolist(),
+            grid_height=view.grid_height,
+            grid_width=view.grid_width,
+            frame=view.frame,
+        )
+    )
+    if view.HasField("features"):
+        if len(kept.indices) == view.features.shape[0]:
+            pruned.features.CopyFrom(view.features)
+        else:
+            pruned.features.CopyFrom(tensors.take_rows(view.features, kept.indices))
+    if view.HasField("prefix_features"):
+        pruned.prefix_features.CopyFrom(view.prefix_features)
+    return pruned
+
+
+def _add_scores(
+    message: pruner_service_pb2.SelectionScores,
+    object_scores: Scores | None,
+    deep_scores: Scores | None,
+    similarity: Scores | None,
+) -> None:
+    named = ((message.object, object_scores), (message.deep, deep_scores), (message.similarity, similarity))
+    for target, scores in named:
+        if scores is not None:
+            target.CopyFrom(tensors.to_proto(torch.from_numpy(np.ascontiguousarray(scores))))
+
+
+def _cosine(rows: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity (N,) float32 of `rows` (N, A) with `vector` (A,), any float dtypes."""
+    normalised = torch.nn.functional.normalize(rows.float(), dim=1)
+    similarity: torch.Tensor = normalised @ torch.nn.functional.normalize(vector.float(), dim=0)
+    return similarity

@@ -1,0 +1,342 @@
+"""The pruner's gRPC face: decodes, calls, encodes. What it decides is in the modules it calls."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Literal
+
+import torch
+
+from hiprune import tensors
+from hiprune.auth import ANONYMOUS_TENANT
+from hiprune.checkpoints import Checkpoint
+from hiprune.client import call
+from hiprune.errors import InvalidInput, Mismatch
+from hiprune.telemetry import StageClock, stage, start_clock
+from hiprune.v1 import (
+    encoder_service_pb2,
+    encoder_service_pb2_grpc,
+    media_pb2,
+    pruner_service_pb2,
+    pruner_service_pb2_grpc,
+)
+from services.pruner import policy as policies
+from services.pruner.cache import TenantKeys, TokenCache, media_digest
+from services.pruner.flight import SingleFlight
+from services.pruner.policy import Policy
+from services.pruner.pruning import NO_QUESTION, Guidance, check_views, prune, similarities
+from services.pruner.settings import Settings
+from services.pruner.text import PairedTextEncoder
+
+Encoded = encoder_service_pb2.EncodeImageResponse
+NO_TEXT_MODEL: Final = "this pruner has no paired text encoder, so a question cannot guide it"
+
+
+class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
+    """Prunes tokens and images."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        checkpoint: Checkpoint,
+        text: PairedTextEncoder | None,
+        cache: TokenCache,
+        encoder: encoder_service_pb2_grpc.EncoderServiceAsyncStub,
+    ) -> None:
+        self._settings = settings
+        self._checkpoint = checkpoint
+        self._text = text
+        self._cache = cache
+        self._encoder = encoder
+        self._flights: SingleFlight[tuple[object, ...], Encoded] = SingleFlight()
+        # one thread: the text encoder is not for several, and a question takes milliseconds
+        self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+
+    async def GetPruner(self, request: Any, context: Any) -> pruner_service_pb2.GetPrunerResponse:  # noqa: N802
+        """Says which model's images this pruner serves."""
+        default = policies.resolve(pruner_service_pb2.PrunePolicy(), self._checkpoint.facts)
+        return pruner_service_pb2.GetPrunerResponse(
+            fingerprint=encoder_service_pb2.ModelFingerprint(
+                family=self._checkpoint.facts.family,
+                vision_digest=self._checkpoint.vision_digest,
+                preprocessing_digest=self._checkpoint.preprocessing_digest,
+                hidden_size=self._checkpoint.facts.hidden_size,
+                layers=self._checkpoint.facts.layers,
+                paired_digest=self._text.digest if self._text else "",
+            ),
+            default_policy=default.to_proto(),
+            deep_layer=self._checkpoint.facts.deep_layer,
+            text_model=self._text.name if self._text else "",
+            cache_store=self._cache.store.name,
+        )
+
+    async def PruneTokens(  # noqa: N802
+        self, request: pruner_service_pb2.PruneTokensRequest, context: Any
+    ) -> pruner_service_pb2.PruneTokensResponse:
+        """Prunes the caller's own tokens."""
+        clock = start_clock()
+        if not 1 <= len(request.views) <= self._settings.max_views:
+            raise InvalidInput(
+                f"{len(request.views)} views, expected 1 to {self._settings.max_views}", field="views"
+            )
+        policy = _policy_of_tokens(request)
+        check_views(request.views, max_tokens=self._settings.max_tokens)
+        guidance = await self._guidance_of_tokens(request, policy)
+        with stage("select"):
+            # large requests take milliseconds, which other callers should not wait for
+            pruned = await asyncio.to_thread(
+                prune, request.views, policy, guidance, seed=_seed_of(request.views)
+            )
+        return pruner_service_pb2.PruneTokensResponse(
+            views=pruned.views, summary=pruned.summary, timings=clock.to_proto()
+        )
+
+    async def PruneImage(  # noqa: N802
+        self, request: pruner_service_pb2.PruneImageRequest, context: Any
+    ) -> pruner_service_pb2.PruneImageResponse:
+        """Encodes an image, or takes it from the cache, and prunes it."""
+        clock = start_clock()
+        policy = policies.resolve(request.policy, self._checkpoint.facts)
+        question = request.question.strip()
+        self._check_media(request.media)
+        self._check_question(question, policy)
+        digest = await asyncio.to_thread(media_digest, request.media)
+        keys = self._cache.keys(ANONYMOUS_TENANT)
+        pruned = await self._cache.get_pruned(keys, digest, policy, question)
+        if pruned is not None:
+            return _answer(pruned, pruner_service_pb2.CACHE_STATUS_PRUNED_HIT, policy, clock)
+        reading = asyncio.create_task(self._text_vector(question, policy))  # while the encoder works
+        try:
+            encoded, status = await self._encoded(request.media, policy, keys, digest, clock)
+            pruned = await self._prune(encoded, policy, await reading, digest)
+        finally:
+            reading.cancel()
+        self._cache.put_pruned(keys, digest, policy, question, pruned)
+        return _answer(pruned, status, policy, clock)
+
+    async def close(self) -> None:
+        """Finishes background work."""
+        await self._cache.close()
+        self._text_thread.shutdown(wait=False)
+
+    async def _prune(
+        self, encoded: Encoded, policy: Policy, vector: torch.Tensor | None, digest: bytes
+    ) -> pruner_service_pb2.PrunedMedia:
+        """Selection over an encoded image, off the event loop."""
+
+        def work() -> pruner_service_pb2.PrunedMedia:
+            guidance = NO_QUESTION
+            if vector is not None and self._text is not None:
+                guidance = Guidance(similarities(encoded.views, vector), self._text.name)
+            pruned = prune(encoded.views, policy, guidance, seed=digest)
+            return pruner_service_pb2.PrunedMedia(
+                views=pruned.views, summary=pruned.summary, vision_digest=self._checkpoint.vision_digest
+            )
+
+        with stage("select"):
+            return await asyncio.to_thread(work)
+
+    async def _encoded(
+        self, media: media_pb2.Media, policy: Policy, keys: TenantKeys, digest: bytes, clock: StageClock
+    ) -> tuple[Encoded, pruner_service_pb2.CacheStatus.ValueType]:
+        """The encoded image with all that the policy reads, from the cache or the encoder."""
+        facts = self._checkpoint.facts
+        # both layers always, so that the entry serves every later policy
+        layers = {facts.object_layer, facts.deep_layer, policy.object_layer}
+        aligned = policy.reads_text and self._text is not None
+        cached = await self._cache.get_encoded(keys, digest)
+        if cached is not None:
+            held = {entry.layer for entry in cached.views[0].attention}
+            holds_aligned = cached.views[0].HasField("aligned")
+            if layers <= held and (holds_aligned or not aligned):
+                return cached, pruner_service_pb2.CACHE_STATUS_ENCODED_HIT
+            # replaced by the union, so that two policies do not drive each other out
+            layers |= held
+            aligned = aligned or holds_aligned
+        request = encoder_service_pb2.EncodeImageRequest(media=media, layers=sorted(layers), aligned=aligned)
+
+        async def work() -> Encoded:
+            encoded = await self._call_encoder(request)
+            stored = Encoded()
+            stored.CopyFrom(encoded)
+            del stored.timings[:]
+            self._cache.put_encoded(keys, digest, stored)
+            return encoded
+
+        with stage("encode"):
+            # aligned and layers are part of the key: a flight without them must not serve who needs them
+            encoded = await self._flights.run((keys.encoded(digest), tuple(sorted(layers)), aligned), work)
+        clock.extend(encoded.timings)
+        return encoded, pruner_service_pb2.CACHE_STATUS_MISS
+
+    async def _call_encoder(self, request: encoder_service_pb2.EncodeImageRequest) -> Encoded:
+        """Asks the encoder, and holds its answer against this pruner's own model. Raises Mismatch."""
+        encoded = await call(
+            self._encoder.EncodeImage,
+            request,
+            Encoded,
+            peer="encoder",
+            limit_s=self._settings.default_deadline_ms / 1000,
+        )
+        theirs, ours = encoded.fingerprint, self._checkpoint
+        pairs = [
+            ("vision tower", theirs.vision_digest, ours.vision_digest),
+            ("image preprocessing", theirs.preprocessing_digest, ours.preprocessing_digest),
+        ]
+        if request.aligned and self._text is not None:
+            pairs.append(("paired text encoder", theirs.paired_digest, self._text.digest))
+        for what, their_digest, our_digest in pairs:
+            if their_digest != our_digest:
+                raise Mismatch(
+                    f"the encoder's {what} is {their_digest[:12] or 'absent'}, this pruner's is "
+                    f"{our_digest[:12]}: start both on the same model"
+                )
+        check_views(encoded.views, max_tokens=self._settings.max_tokens)
+        return encoded
+
+    async def _text_vector(self, question: str, policy: Policy) -> torch.Tensor | None:
+        """The question's vector (A,), or None when the method reads no text or there is none."""
+        if not policy.reads_text or not question or self._text is None:
+            return None
+        with stage("text"):
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._text_thread, self._text.encode, question)
+
+    async def _guidance_of_tokens(
+        self, request: pruner_service_pb2.PruneTokensRequest, policy: Policy
+    ) -> Guidance:
+        """What HIPRUNE_PLUS_PLUS compares the caller's tokens with."""
+        if not policy.reads_text:
+            return Guidance()
+        match request.WhichOneof("guidance"):
+            case "question":
+                return await self._guidance_of_question(request, policy)
+            case "text_vector":
+                shape = (None,) if len(request.text_vector.shape) != 2 else (1, None)
+                vector = tensors.from_proto(
+                    request.text_vector, field="text_vector", shape=shape, finite=True
+                ).flatten()
+                has_aligned = all(view.HasField("aligned") for view in request.views)
+                space: Literal["aligned", "features"] = "aligned" if has_aligned else "features"
+                _require(request.views, space)
+                return Guidance(similarities(request.views, vector, space=space), "the caller's text vector")
+            case "similarity":
+                given = request.similarity.views
+                if len(given) != len(request.views):
+                    raise InvalidInput(
+                        f"{len(given)} vectors for {len(request.views)} views", field="similarity.views"
+                    )
+                vectors = [
+                    tensors.from_proto(
+                        message,
+                        field=f"similarity.views[{number}]",
+                        shape=(view.grid_height * view.grid_width,),
+                        dtypes=(torch.float32,),
+                        finite=True,
+                    ).numpy()
+                    for number, (message, view) in enumerate(zip(given, request.views, strict=True))
+                ]
+                return Guidance(vectors, "the caller's similarity")
+            case _:
+                return NO_QUESTION
+
+    async def _guidance_of_question(
+        self, request: pruner_service_pb2.PruneTokensRequest, policy: Policy
+    ) -> Guidance:
+        """A question needs this pruner's own text model, and so tokens of this pruner's own tower."""
+        question = request.question.strip()
+        self._check_question(question, policy)
+        if request.vision_digest != self._checkpoint.vision_digest:
+            raise Mismatch(
+                f"{request.vision_digest[:12]!r} is not the tower of this pruner's text model, "
+                f"{self._checkpoint.vision_digest[:12]!r}; send text_vector or similarity instead",
+                field="vision_digest",
+            )
+        _require(request.views, "aligned")
+        vector = await self._text_vector(question, policy)
+        if vector is None or self._text is None:
+            return NO_QUESTION
+        return Guidance(similarities(request.views, vector, field="question"), self._text.name)
+
+    def _check_question(self, question: str, policy: Policy) -> None:
+        """Refuses a question that is too long, and one that nothing here can read."""
+        if len(question) > self._settings.max_text_chars:
+            raise InvalidInput(
+                f"{len(question)} characters, expected at most {self._settings.max_text_chars}",
+                field="question",
+                reason="LIMIT_EXCEEDED",
+            )
+        if policy.reads_text and question and self._text is None:
+            raise Mismatch(NO_TEXT_MODEL, field="policy.method", reason="NO_TEXT_MODEL")
+
+    def _check_media(self, media: media_pb2.Media) -> None:
+        """Refuses missing, empty and oversized media before a byte of it is hashed or sent on."""
+        kind = media.WhichOneof("content")
+        if kind is None:
+            raise InvalidInput(
+                "is missing, expected an image or a video", field="media", reason="MISSING_FIELD"
+            )
+        if kind == "image":
+            self._check_size(len(media.image), "media.image")
+            return
+        frames = media.video.frames
+        if not 1 <= len(frames) <= self._settings.max_frames:
+            raise InvalidInput(
+                f"{len(frames)} frames, expected 1 to {self._settings.max_frames}", field="media.video.frames"
+            )
+        for number, frame in enumerate(frames):
+            self._check_size(len(frame), f"media.video.frames[{number}]")
+
+    def _check_size(self, size: int, field: str) -> None:
+        if size == 0:
+            raise InvalidInput("is empty, expected an encoded image", field=field, reason="MISSING_FIELD")
+        if size > self._settings.max_image_bytes:
+            raise InvalidInput(
+                f"{size} bytes, expected at most {self._settings.max_image_bytes}",
+                field=field,
+                reason="LIMIT_EXCEEDED",
+            )
+
+
+def _answer(
+    media: pruner_service_pb2.PrunedMedia,
+    status: pruner_service_pb2.CacheStatus.ValueType,
+    policy: Policy,
+    clock: StageClock,
+) -> pruner_service_pb2.PruneImageResponse:
+    # a ratio and its count share an entry, so the policy is reported as this caller spelled it
+    media.summary.policy.CopyFrom(policy.to_proto())
+    return pruner_service_pb2.PruneImageResponse(media=media, cache=status, timings=clock.to_proto())
+
+
+def _policy_of_tokens(request: pruner_service_pb2.PruneTokensRequest) -> Policy:
+    """The policy over a stranger's tokens: the layers default to the lowest and the highest that came."""
+    layers = sorted({entry.layer for view in request.views for entry in view.attention}) or [1]
+    deep_layer = request.deep_layer if request.HasField("deep_layer") else layers[-1]
+    if deep_layer < 1:
+        raise InvalidInput(f"{deep_layer}, expected at least 1", field="deep_layer")
+    return policies.resolve_layers(
+        request.policy, object_layer=min(layers[0], deep_layer), deep_layer=deep_layer
+    )
+
+
+def _seed_of(views: Iterable[encoder_service_pb2.View]) -> bytes:
+    """A digest of the tokens, where there is no image to take one of."""
+    digest = hashlib.sha256(b"hiprune tokens 1")
+    for view in views:
+        digest.update(view.features.data or b"".join(entry.scores.data for entry in view.attention))
+    return digest.digest()
+
+
+def _require(views: Sequence[encoder_service_pb2.View], name: Literal["aligned", "features"]) -> None:
+    """Raises InvalidInput for the first view without the tensor `name`."""
+    for number, view in enumerate(views):
+        if not view.HasField(name):
+            raise InvalidInput(
+                "is missing, and text guidance compares with it",
+                field=f"views[{number}].{name}",
+                reason="MISSING_FIELD",
+            )
