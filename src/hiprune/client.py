@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -91,11 +92,16 @@ async def call(
 
 @dataclass(slots=True)
 class Answer:
-    """A whole answer. `report` says what was kept, `completion` how it ended and what it took."""
+    """A whole answer. `report` says what was kept, `completion` how it ended and what it took.
+
+    `first_text_s` and `total_s` are seconds from the call to the first text and to the end, as seen here.
+    """
 
     text: str = ""
     report: llm_service_pb2.PruningReport = field(default_factory=llm_service_pb2.PruningReport)
     completion: llm_service_pb2.Completion = field(default_factory=llm_service_pb2.Completion)
+    first_text_s: float = 0.0
+    total_s: float = 0.0
 
 
 class Client:
@@ -125,9 +131,14 @@ class Client:
         policy: pruner_service_pb2.PrunePolicy | None = None,
         sampling: llm_service_pb2.Sampling | None = None,
         model: str = "",
+        on_delta: Callable[[str], object] | None = None,
     ) -> Answer:
-        """The whole answer to a question about encoded images. Raises HipruneError."""
+        """The whole answer to a question about encoded images; `on_delta` sees its text as it comes.
+
+        Raises HipruneError.
+        """
         answer = Answer()
+        begun = time.perf_counter()
         request = llm_service_pb2.AskImageRequest(
             messages=[question_message(question, images)], policy=policy, sampling=sampling, model=model
         )
@@ -136,9 +147,13 @@ class Client:
                 case "report":
                     answer.report = event.report
                 case "delta":
+                    answer.first_text_s = answer.first_text_s or time.perf_counter() - begun
                     answer.text += event.delta.text
+                    if on_delta is not None:
+                        on_delta(event.delta.text)
                 case "completion":
                     answer.completion = event.completion
+        answer.total_s = time.perf_counter() - begun
         return answer
 
     async def ask_stream(

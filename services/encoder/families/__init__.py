@@ -1,0 +1,62 @@
+"""What the engine needs of a model family: load the tower, prepare pixels, run a batch.
+
+A family's adapter is the module here that carries its name, with one function, `load`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from PIL import Image
+
+from hiprune.checkpoints import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One media item, ready for the tower, still on the CPU."""
+
+    pixels: torch.Tensor  # (V, 3, h, w) float32 for a fixed grid
+    patches: int
+    """What it costs: tokens that the tower will compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedView:
+    """One grid of visual tokens. N = H·W, row-major."""
+
+    features: torch.Tensor  # (N, D) in the tower's dtype
+    scores: Mapping[int, torch.Tensor]  # 1-based layer → (N,) float32
+    grid: tuple[int, int]  # H, W
+    aligned: torch.Tensor | None = None  # (N, A) float16
+    prefix: torch.Tensor | None = field(default=None)  # (P, D): tokens outside the grid
+    frame: int = 0
+
+
+class Tower(Protocol):
+    """A loaded vision tower."""
+
+    dtype: torch.dtype
+    """Of the features."""
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """Pixels for the tower. Called on several threads at once."""
+
+    def encode(
+        self, items: Sequence[Prepared], layers: Collection[int], aligned: Sequence[bool]
+    ) -> list[list[EncodedView]]:
+        """The views of each item, on the CPU. `aligned` says for each item whether it is wanted."""
+
+
+def load_tower(
+    checkpoint: Checkpoint, paired: Path | None, device: torch.device, dtype: torch.dtype
+) -> Tower:
+    """The tower of a checkpoint, through its family's adapter. Raises CheckpointError."""
+    adapter = importlib.import_module(f"{__name__}.{checkpoint.facts.family}")
+    tower: Tower = adapter.load(checkpoint, paired, device, dtype)
+    return tower

@@ -1,0 +1,87 @@
+"""The encoder as a process: what it loads, and where it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import grpc
+import torch
+from PIL import Image
+
+from hiprune import checkpoints, tensors
+from hiprune.config import ConfigError
+from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc
+from services.encoder.engine import VisionEngine
+from services.encoder.families import Tower, load_tower
+from services.encoder.service import EncoderServicer
+from services.encoder.settings import Settings
+
+log = logging.getLogger("hiprune.encoder")
+
+
+class EncoderService:
+    """See `hiprune.server.Service`."""
+
+    names: Sequence[str] = ("hiprune.v1.EncoderService",)
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self._settings = settings
+        self._device, self._dtype = choose_device(settings)
+        self._checkpoint = checkpoints.open_checkpoint(settings.model)
+        self._paired = checkpoints.locate_paired(settings.paired_model, self._checkpoint)
+        facts = self._checkpoint.facts
+        self._fingerprint = encoder_service_pb2.ModelFingerprint(
+            family=facts.family,
+            vision_digest=self._checkpoint.vision_digest,
+            preprocessing_digest=self._checkpoint.preprocessing_digest,
+            dtype=tensors.WIRE_DTYPES[self._dtype],
+            hidden_size=facts.hidden_size,
+            layers=facts.layers,
+            paired_digest=checkpoints.digest_of_all(self._paired) if self._paired else "",
+        )
+        self._servicer = EncoderServicer(self._checkpoint, self._fingerprint)
+        self._engine: VisionEngine | None = None
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the servicer."""
+        encoder_service_pb2_grpc.add_EncoderServiceServicer_to_server(self._servicer, server)
+
+    async def start(self) -> None:
+        """Loads the tower and runs it once."""
+        tower = await asyncio.to_thread(self._load)
+        self._engine = VisionEngine(tower, self._settings)
+        self._servicer.engine = self._engine
+
+    async def stop(self) -> None:
+        """Finishes what is queued."""
+        if self._engine is not None:
+            await self._engine.close()
+
+    def _load(self) -> Tower:
+        facts = self._checkpoint.facts
+        tower = load_tower(self._checkpoint, self._paired, self._device, self._dtype)
+        # the first forward picks kernels and allocates; better now than in somebody's request
+        blank = tower.prepare(Image.new("RGB", (64, 64)))
+        tower.encode([blank], {facts.object_layer, facts.deep_layer}, [self._paired is not None])
+        return tower
+
+
+def choose_device(settings: Settings) -> tuple[torch.device, torch.dtype]:
+    """Where the tower runs and in what type, and says why. Raises ConfigError for a GPU that is not there."""
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"device (--device): got {settings.device!r}, and torch sees no CUDA device")
+    name = settings.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if settings.dtype != "auto":
+        dtype = getattr(torch, settings.dtype)
+    else:
+        # half precision on a CPU is emulated: slower, and less exact
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    log.info("tower on %s in %s", device, str(dtype).removeprefix("torch."))
+    return device, dtype

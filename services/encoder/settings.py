@@ -1,0 +1,48 @@
+"""Settings of the encoder. Read once at start; see `hiprune.config` for where values come from."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from hiprune.config import ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """The vision encoder: pixels in, visual tokens and layer attention out."""
+
+    env_prefix: ClassVar[str] = "HIPRUNE_ENCODER_"
+    service: ClassVar[str] = "encoder"
+
+    listen: Annotated[str, Field(pattern=r"^(unix:.+|.+:\d+)$")] = Field(
+        "127.0.0.1:50051", description="address to serve on: HOST:PORT or unix:PATH"
+    )
+    paired_model: str = Field(
+        "",
+        description="directory or hub id of the CLIP paired with the vision tower; empty: a clip directory "
+        "beside the model, else the family's; none: no aligned tokens",
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        "auto", description="where the tower runs: auto, cpu, cuda or cuda:N"
+    )
+    dtype: Annotated[str, Field(pattern=r"^(auto|float32|bfloat16|float16)$")] = Field(
+        "auto", description="the tower's type: auto is float32 on a CPU and bfloat16 on a GPU"
+    )
+    max_image_bytes: int = Field(
+        20 * 2**20, ge=1, le=2**31 - 1, description="largest encoded image, or frame of a video, in bytes"
+    )
+    max_image_pixels: int = Field(
+        50_000_000, ge=1, le=2**31 - 1, description="largest image, in pixels of its header"
+    )
+    max_image_side: int = Field(16_384, ge=1, le=2**31 - 1, description="longest side of an image, in pixels")
+    max_batch_patches: int = Field(
+        4 * 1024, ge=1, le=2**31 - 1, description="most patches in one forward; a larger image runs alone"
+    )
+    max_queue_patches: int = Field(
+        64 * 1024, ge=1, le=2**31 - 1, description="most patches waiting; more are refused as overload"
+    )
+    max_wait_ms: float = Field(
+        2.0, ge=0, le=1000, description="how long an idle encoder waits for company, in milliseconds"
+    )
+    decode_threads: int = Field(2, ge=1, le=256, description="threads that decode and resize images")

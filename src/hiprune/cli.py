@@ -1,0 +1,192 @@
+"""The `hiprune` command: ask, prune pictures, run the stack, see the demo. A thin skin over the client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+
+from hiprune.client import Answer, Client
+from hiprune.config import EMBEDDED_MODEL
+from hiprune.errors import HipruneError
+from hiprune.v1 import llm_service_pb2, pruner_service_pb2
+
+DEFAULT_ADDRESS: Final = "127.0.0.1:50053"
+METHODS: Final = {
+    name.removeprefix("METHOD_").lower().replace("_plus_plus", "++"): number
+    for name, number in pruner_service_pb2.Method.items()
+    if number
+}
+CACHE_WORDS: Final = {
+    number: name.removeprefix("CACHE_STATUS_").lower().replace("_", " ")
+    for name, number in pruner_service_pb2.CacheStatus.items()
+}
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+out = Console()
+err = Console(stderr=True)
+
+Address = Annotated[str, typer.Option(envvar="HIPRUNE_ADDRESS", help="the llm service, HOST:PORT")]
+Model = Annotated[str, typer.Option(help="Hugging Face directory or hub id")]
+
+
+def parse_keep(text: str, policy: pruner_service_pb2.PrunePolicy) -> None:
+    """Sets a policy's budget from `1/3`, `0.33` or `33%` (a ratio), or `65` (a count of tokens)."""
+    try:
+        if text.endswith("%"):
+            policy.keep_ratio = float(text[:-1]) / 100
+        elif "/" in text:
+            above, below = text.split("/")
+            policy.keep_ratio = float(above) / float(below)
+        elif "." in text:
+            policy.keep_ratio = float(text)
+        else:
+            policy.keep_count = int(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise typer.BadParameter(f"{text!r}: expected a ratio (1/3, 0.33, 33%) or a count (65)") from error
+
+
+def parse_method(text: str) -> pruner_service_pb2.Method.ValueType:
+    """The method of a name: none, hiprune, hiprune++, random or strided."""
+    if text.lower() not in METHODS:
+        raise typer.BadParameter(f"{text!r}: expected one of {', '.join(METHODS)}")
+    return METHODS[text.lower()]
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="a JPEG, PNG or WebP file", exists=True, dir_okay=False)],
+    question: Annotated[str, typer.Argument(help="what to ask about it")],
+    method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "hiprune",
+    keep: Annotated[
+        str, typer.Option(help="share (1/3, 0.33, 33%) or number (65) of tokens to keep")
+    ] = "1/3",
+    overlay: Annotated[Path | None, typer.Option(help="write a picture of the kept tokens here")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="longest answer, in tokens")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    address: Address = DEFAULT_ADDRESS,
+) -> None:
+    """Asks a question about an image and streams the answer."""
+    policy = pruner_service_pb2.PrunePolicy(method=parse_method(method))
+    parse_keep(keep, policy)
+    sampling = llm_service_pb2.Sampling(max_tokens=max_tokens, temperature=temperature)
+    data = image.read_bytes()
+    answer = _run(_stream(address, question, data, policy, sampling, quiet=as_json))
+    report = answer.report.media[0]
+    if overlay is not None:
+        from hiprune.overlay import draw_overlay
+
+        draw_overlay(data, report.views[0]).save(overlay)
+    if as_json:
+        content: dict[str, Any] = {
+            "answer": answer.text,
+            "report": MessageToDict(answer.report),
+            "completion": MessageToDict(answer.completion),
+        }
+        print(json.dumps(content))
+        return
+    usage = answer.completion.usage
+    err.print(
+        f"[dim]{report.summary.tokens_before} → {report.summary.tokens_kept} visual tokens, "
+        f"cache {CACHE_WORDS[report.cache]}, {usage.completion_tokens} tokens generated"
+        + (f", overlay in {overlay}" if overlay else "")
+        + "[/dim]"
+    )
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(help="port of the llm service on 127.0.0.1", min=0, max=65535)] = 50053,
+    model: Model = str(EMBEDDED_MODEL),
+    redis: Annotated[bool, typer.Option(help="cache in a private Redis, else in the process")] = True,
+) -> None:
+    """Runs Redis and the three services on this machine until Ctrl-C."""
+    from hiprune.stack import Stack, StackError
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Ctrl-C: the stack ends front to back
+    try:
+        with err.status("starting") as status:
+            stack = Stack(model=model, port=port, redis=redis, progress=status.update)
+            try:
+                stack.start()
+            except BaseException:
+                stack.stop()
+                raise
+        out.print(f"ready: [bold]{stack.address}[/bold]   (Ctrl-C stops it)")
+        out.print(f'try:   hiprune ask IMAGE "question" --address {stack.address}', markup=False)
+        try:
+            while not (ended := [name for name, each in stack.processes.items() if each.poll() is not None]):
+                time.sleep(0.5)
+            err.print(f"[red]{ended[0]} ended:[/red]\n{stack.log_of(ended[0])[-2000:]}")
+            raise typer.Exit(1)
+        finally:
+            stack.stop()
+    except StackError as error:
+        err.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        out.print("stopped")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="where the overlay picture goes")] = Path("out"),
+) -> None:
+    """Starts everything, asks the sample questions with three methods, and stops it again."""
+    from hiprune.demo import run_demo
+    from hiprune.stack import StackError
+
+    try:
+        run_demo(out, folder)
+    except StackError as error:
+        err.print(f"error: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+
+
+async def _stream(
+    address: str,
+    question: str,
+    image: bytes,
+    policy: pruner_service_pb2.PrunePolicy,
+    sampling: llm_service_pb2.Sampling,
+    *,
+    quiet: bool,
+) -> Answer:
+    """The answer, printed as it comes."""
+    async with Client(address) as client:
+        answer = await client.ask(
+            question,
+            image,
+            policy=policy,
+            sampling=sampling,
+            on_delta=None if quiet else lambda text: print(text, end="", flush=True),
+        )
+    if not quiet:
+        print()
+    return answer
+
+
+def _run(work: Any) -> Any:
+    """Runs a coroutine; a service's error becomes one line and exit code 1."""
+    try:
+        return asyncio.run(work)
+    except HipruneError as error:
+        err.print(f"error: {error} ({error.code.name}, {error.reason})", style="red", markup=False)
+        raise typer.Exit(1) from error
+
+
+def main() -> None:
+    """Entry point."""
+    # gRPC's own log lines are for its developers; errors reach people as HipruneError
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    app()
