@@ -1,0 +1,57 @@
+# What people and CI run; `make` alone lists it.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3)
+# passed on to the command behind `demo`, `up`, `test` and `bench`, for example: make up ARGS="--model DIR"
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/ready
+NODE := tests/node/node_modules/.package-lock.json
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test test-all check protos tables bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+demo: $(READY) ## ask about sample pictures with and without pruning, and draw what was kept
+	@$(BIN)/hiprune demo $(ARGS)
+
+up: $(READY) ## keep the three services running and print their address
+	@$(BIN)/hiprune up $(ARGS)
+
+test: $(READY) ## every test that needs Python alone
+	@$(BIN)/pytest -m "not extra" $(ARGS)
+
+test-all: check $(NODE) ## the linters, and the tests that need Node.js; what `make test` leaves out
+	@$(BIN)/pytest -m extra
+
+check: $(READY) ## ruff and mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+protos: $(READY) ## regenerate src/hiprune/v1 from protos/
+	@$(BIN)/python tools/generate_stubs.py
+
+tables: $(READY) ## refill the settings tables in services/*/README.md
+	@$(BIN)/python tools/settings_tables.py
+
+bench: $(READY) ## run every benchmark in benchmarks/
+	@set -e; for each in benchmarks/*.py; do echo "$$each"; $(BIN)/python "$$each" $(ARGS); done
+
+clean: ## remove what make made
+	@rm -rf .venv tests/node/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt tools/set_up.py
+	@command -v $(PYTHON) >/dev/null || { echo "hiprune needs Python 3.11 or newer; no $(PYTHON) is on PATH" >&2; exit 1; }
+	@$(PYTHON) tools/set_up.py
+
+# an environment holds absolute paths, so one that came along with a copied checkout is made anew
+ifneq ($(shell head -n 1 $(READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(READY)
+endif
+
+$(NODE): tests/node/package.json tests/node/package-lock.json
+	@command -v npm >/dev/null || { echo "make test-all needs Node.js 18 or newer, with npm; none is on PATH" >&2; exit 1; }
+	@npm --prefix tests/node ci --ignore-scripts --no-audit --no-fund --loglevel=error
