@@ -1,0 +1,46 @@
+"""Fixtures: the whole service as real processes, and what the tests ask it. Loaded as a pytest plugin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from hiprune.client import Client
+from hiprune.config import EMBEDDED_MODEL
+from hiprune.stack import Stack
+
+SAMPLES = EMBEDDED_MODEL.parents[1] / "samples"
+
+
+def questions() -> list[dict[str, str]]:
+    """The samples' questions: image, type, question, truth, unpruned_answer. Another checkpoint brings its own."""
+    content: list[dict[str, str]] = json.loads((SAMPLES / "questions.json").read_text("utf-8"))
+    return content
+
+
+def picture(name: str) -> bytes:
+    """A sample's encoded image."""
+    return (SAMPLES / name).read_bytes()
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """Redis, encoder, pruner and llm on the embedded model; shared by all tests that do it no harm."""
+    with Stack() as running:
+        yield running
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[Client]:
+    """A client of the shared stack."""
+    async with Client(stack.address) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def model() -> Path:
+    """The embedded model's directory."""
+    return EMBEDDED_MODEL
