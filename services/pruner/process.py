@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import grpc
-import torch
 
 from hiprune import checkpoints
+from hiprune.checkpoints import Checkpoint
 from hiprune.client import connect
 from hiprune.v1 import encoder_service_pb2_grpc, pruner_service_pb2_grpc
 from services.pruner.cache import ModelIdentity, TokenCache
 from services.pruner.service import PrunerServicer
 from services.pruner.settings import Settings
 from services.pruner.stores import MemoryStore, NoStore, RedisStore, Store
-from services.pruner.text import PairedTextEncoder
+
+if TYPE_CHECKING:
+    from services.pruner.text import PairedTextEncoder
 
 log = logging.getLogger("hiprune.pruner")
 
@@ -27,19 +31,23 @@ class PrunerService:
     names: Sequence[str] = ("hiprune.v1.PrunerService",)
 
     def __init__(self, settings: Settings) -> None:
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         self._settings = settings
-        self._checkpoint = checkpoints.open_checkpoint(settings.model)
-        paired = checkpoints.locate_paired(settings.paired_model, self._checkpoint)
-        text = PairedTextEncoder(paired) if paired else None
-        if text is None:
-            log.warning("no paired text encoder: HIPRUNE_PLUS_PLUS takes no question here")
+        self._servicer = PrunerServicer(settings)
+        self._channel: grpc.aio.Channel | None = None
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Adds the servicer."""
+        pruner_service_pb2_grpc.add_PrunerServiceServicer_to_server(self._servicer, server)
+
+    async def start(self) -> None:
+        """Loads the text encoder. Ready without the encoder, which may come later."""
+        settings = self._settings
+        checkpoint, text = await asyncio.to_thread(_load, settings)
         identity = ModelIdentity(
-            self._checkpoint.vision_digest,
-            self._checkpoint.preprocessing_digest,
+            checkpoint.vision_digest,
+            checkpoint.preprocessing_digest,
             text.digest if text else "",
-            self._checkpoint.facts.grid,
+            checkpoint.facts.grid,
         )
         cache = TokenCache(
             open_store(settings),
@@ -49,20 +57,33 @@ class PrunerService:
             max_value_bytes=settings.cache_value_bytes,
         )
         self._channel = connect(settings.encoder, max_message_bytes=settings.max_message_bytes)
-        stub = encoder_service_pb2_grpc.EncoderServiceStub(self._channel)
-        self._servicer = PrunerServicer(settings, self._checkpoint, text, cache, stub)
-
-    def register(self, server: grpc.aio.Server) -> None:
-        """Adds the servicer."""
-        pruner_service_pb2_grpc.add_PrunerServiceServicer_to_server(self._servicer, server)
-
-    async def start(self) -> None:
-        """Ready at once: the encoder may come later."""
+        encoder = encoder_service_pb2_grpc.EncoderServiceStub(self._channel)
+        self._servicer.equip(checkpoint, text, cache, encoder)
 
     async def stop(self) -> None:
         """Finishes what is being cached and hangs up."""
         await self._servicer.close()
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
+
+
+def _load(settings: Settings) -> tuple[Checkpoint, PairedTextEncoder | None]:
+    """The checkpoint's identity and the text encoder paired with it. Blocks. Raises CheckpointError."""
+    # torch and transformers take seconds to import: here, while the port already answers health
+    import torch
+
+    from services.pruner.text import PairedTextEncoder
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    checkpoint = checkpoints.open_checkpoint(settings.model)
+    paired = checkpoints.locate_paired(settings.paired_model, checkpoint)
+    if paired is None:
+        log.warning("no paired text encoder: HIPRUNE_PLUS_PLUS takes no question here")
+        return checkpoint, None
+    text = PairedTextEncoder(paired)
+    text.encode("warm up")  # the first forward allocates; better now than in somebody's request
+    return checkpoint, text
 
 
 def open_store(settings: Settings) -> Store:

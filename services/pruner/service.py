@@ -38,22 +38,29 @@ NO_TEXT_MODEL: Final = "this pruner has no paired text encoder, so a question ca
 class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
     """Prunes tokens and images."""
 
-    def __init__(
+    _checkpoint: Checkpoint
+    _text: PairedTextEncoder | None
+    _cache: TokenCache
+    _encoder: encoder_service_pb2_grpc.EncoderServiceAsyncStub
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._flights: SingleFlight[tuple[object, ...], Encoded] = SingleFlight()
+        # one thread: the text encoder is not for several, and a question takes milliseconds
+        self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+
+    def equip(
         self,
-        settings: Settings,
         checkpoint: Checkpoint,
         text: PairedTextEncoder | None,
         cache: TokenCache,
         encoder: encoder_service_pb2_grpc.EncoderServiceAsyncStub,
     ) -> None:
-        self._settings = settings
+        """Gives it what it works with; no request arrives before (see `hiprune.server.RequestGate`)."""
         self._checkpoint = checkpoint
         self._text = text
         self._cache = cache
         self._encoder = encoder
-        self._flights: SingleFlight[tuple[object, ...], Encoded] = SingleFlight()
-        # one thread: the text encoder is not for several, and a question takes milliseconds
-        self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 
     async def GetPruner(self, request: Any, context: Any) -> pruner_service_pb2.GetPrunerResponse:  # noqa: N802
         """Says which model's images this pruner serves."""
@@ -119,7 +126,8 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
 
     async def close(self) -> None:
         """Finishes background work."""
-        await self._cache.close()
+        if hasattr(self, "_cache"):
+            await self._cache.close()
         self._text_thread.shutdown(wait=False)
 
     async def _prune(

@@ -120,7 +120,9 @@ async def test_text_guidance_keeps_the_tokens_most_like_the_question(client):
     }
     others = set(view.kept_indices) - by_text
     assert len(by_text) == 20
-    expected = [index for index in similarity.argsort(descending=True, stable=True).tolist() if index not in others]
+    expected = [
+        index for index in similarity.argsort(descending=True, stable=True).tolist() if index not in others
+    ]
     assert by_text == set(expected[:20])
 
 
