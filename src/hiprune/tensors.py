@@ -47,7 +47,8 @@ def check(
     Raises InvalidInput naming `field`, the value and the bound.
     """
     dtype = TORCH_DTYPES.get(message.dtype)
-    name = _NAMES[dtype] if dtype else str(message.dtype)
+    known = message.dtype in tensor_pb2.DataType.values()
+    name = tensor_pb2.DataType.Name(message.dtype) if known else str(message.dtype)
     if dtype is None or dtype not in dtypes:
         legal = ", ".join(_NAMES[each] for each in TORCH_DTYPES.values() if each in dtypes)
         raise InvalidInput(f"dtype is {name}, expected {legal}", field=f"{field}.dtype")
@@ -100,11 +101,13 @@ def from_proto(
 def take_rows(message: tensor_pb2.Tensor, indices: npt.NDArray[np.int64]) -> tensor_pb2.Tensor:
     """Rows `indices` (K,) of a checked (N, D) tensor as a (K, D) one, bit for bit, in any dtype."""
     rows, channels = message.shape
-    table = np.frombuffer(message.data, np.uint8).reshape(rows, -1)
+    row_bytes = channels * TORCH_DTYPES[message.dtype].itemsize
+    table = np.frombuffer(message.data, np.uint8).reshape(rows, row_bytes)
     kept = table[indices].tobytes()
     return tensor_pb2.Tensor(dtype=message.dtype, shape=[len(indices), channels], data=kept)
 
 
 def _show(shape: Sequence[int | None]) -> str:
-    """`(196, *)`: a shape for people, free extents as a star."""
-    return "(" + ", ".join("*" if extent is None else str(extent) for extent in shape) + ")"
+    """`(196, *)`: a shape for people, free extents as a star; a stranger's may have any rank."""
+    extents = ["*" if extent is None else str(extent) for extent in shape[:8]]
+    return "(" + ", ".join(extents + ["…"] * (len(shape) > 8)) + ")"
