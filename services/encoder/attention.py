@@ -1,0 +1,163 @@
+"""How much attention each token of a vision tower receives, without ever holding an attention matrix.
+
+    score[l] = mean over heads of the sum over queries of A      # A (heads, queries, keys): probabilities
+
+(HiPrune, arXiv 2508.00553v3.) A tower on SDPA never forms A, and eager attention forms it in every layer,
+O(N²) memory each. So the layers of interest, and only those, run an attention function that takes its
+output from SDPA unchanged and, while somebody records, recomputes A piece by piece and keeps the sums.
+
+Knows transformers' attention interface and nothing of families, images or layers' meaning: whether a row
+belongs to a CLS token, a window or a patch is for the caller to tell.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hiprune.errors import InvalidInput, Unsupported
+
+_CAPTURE: Final = "hiprune_capture"
+"""The name of our attention function among transformers' own ("sdpa", "eager", …)."""
+
+_CPU_CHUNK_BYTES: Final = 4 * 2**20  # stays in cache: four times as fast as the whole matrix at N = 4096
+_GPU_CHUNK_BYTES: Final = 32 * 2**20  # about a data-centre GPU's L2; holds a CLIP-L/336 image whole
+
+
+@torch.no_grad()
+def column_sums(query: Tensor, key: Tensor, *, scaling: float, chunk_bytes: int | None = None) -> Tensor:
+    """Attention that each key receives: softmax, summed over queries, averaged over heads.
+
+    query, key  # (B, heads, N, d), any float dtype, any strides
+    returns     # (B, N) float32; each image's N scores add up to N
+
+    Equals `eager_column_sums` within 1e-5 relative. Logits, softmax and sums are float32 whatever the
+    inputs are, since sums rounded to bf16 tie. Holds `chunk_bytes` of probabilities at a time, one row of N
+    at least; the default suits the device.
+    """
+    batch, heads, tokens, _ = key.shape
+    if chunk_bytes is None:
+        chunk_bytes = _CPU_CHUNK_BYTES if key.device.type == "cpu" else _GPU_CHUNK_BYTES
+    # As many rows of one head as fit, then as many heads: the products stay tall. A few rows of every head
+    # take twice as long at N = 4096.
+    budget = chunk_bytes // torch.float32.itemsize
+    rows = min(query.shape[2], max(1, budget // tokens))
+    group = min(batch * heads, max(1, budget // (rows * tokens)))
+
+    buffer = torch.empty(group * rows * tokens, dtype=torch.float32, device=key.device)
+    sums = torch.zeros(batch * heads, tokens, dtype=torch.float32, device=key.device)
+    parts = (torch.split(part, group) for part in (query.flatten(0, 1), key.flatten(0, 1), sums))
+    for queries, keys, received in zip(*parts, strict=True):  # (≤group, N, d) twice, (≤group, N)
+        transposed = keys.float().mT  # (≤group, d, N)
+        for some in torch.split(queries, rows, dim=1):  # (≤group, ≤rows, d)
+            shape = (*some.shape[:2], tokens)
+            attention = buffer[: shape[0] * shape[1] * tokens].view(shape)
+            # `alpha` scales after the product, so bf16 inputs stay exact also where TF32 is allowed.
+            torch.baddbmm(attention, some.float(), transposed, beta=0, alpha=scaling, out=attention)
+            torch.softmax(attention, dim=-1, out=attention)
+            received.add_(attention.sum(dim=1))  # a view of `sums`
+    return sums.view(batch, heads, tokens).mean(dim=1)
+
+
+def eager_column_sums(query: Tensor, key: Tensor, *, scaling: float) -> Tensor:
+    """`column_sums` as its definition reads, holding all (B, heads, N, N) probabilities. For tests.
+
+    query, key  # (B, heads, N, d)
+    returns     # (B, N) float32
+    """
+    attention = (query.float() @ key.float().mT * scaling).softmax(dim=-1)
+    return attention.sum(dim=2).mean(dim=1)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    layer_of: Mapping[nn.Module, int]
+    scores: dict[int, Tensor]  # layer -> (B, N)
+
+    def add(self, module: nn.Module, sums: Tensor) -> None:
+        """Keep one call's sums (B, n); those of further calls of one module go behind it along N."""
+        layer = self.layer_of[module]
+        earlier = self.scores.get(layer)
+        self.scores[layer] = sums if earlier is None else torch.cat((earlier, sums), dim=-1)
+
+
+# A context variable and not an argument, as SigLIP's attention passes no keyword arguments on; and one per
+# thread, so that concurrent forwards of one tower do not mix.
+_recording: ContextVar[_Recording | None] = ContextVar("hiprune_recording", default=None)
+
+
+class ScoreCapture:
+    """Records the scores of a tower's layers while it runs, on request.
+
+    `attention_modules` maps 1-based layers to the modules that call the attention interface (CLIP and
+    SigLIP: `encoder.layers[i].self_attn`; Qwen2.5-VL: `blocks[i].attn`). Those modules are changed for good:
+    they run SDPA through our function, which costs nothing and changes no bit of any output; the tower's
+    other modules are left as they are.
+
+        with capture.recording({9, 23}) as scores:
+            hidden = tower(pixels)
+        scores[9]  # (B, N) float32
+    """
+
+    def __init__(self, attention_modules: Mapping[int, nn.Module]) -> None:
+        AttentionInterface.register(_CAPTURE, _attention)
+        self._modules = dict(attention_modules)
+        for module in self._modules.values():
+            # All modules of a tower share one config, which names the attention function: a marked module
+            # gets its own. Not the public setter, which asks the model for permission.
+            config: Any = copy.copy(module.config)
+            config._attn_implementation_internal = _CAPTURE
+            module.config = config
+
+    @contextmanager
+    def recording(self, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+        """Scores by layer, filled by one forward that this thread runs inside the block.
+
+        yields  # {layer: (B, N) float32}; a module called once per chunk of a packed sequence (Qwen2.5-VL,
+                # B = 1) gives its chunks' scores one behind the other, in call order
+
+        Raises `InvalidInput` for a layer that was not given at construction. Raises `Unsupported`, from the
+        forward, where attention is masked: no tower here masks, and the scores would be wrong.
+        """
+        if unknown := set(layers) - self._modules.keys():
+            raise InvalidInput(
+                f"no scores for layer {min(unknown)}; available: {sorted(self._modules)}", field="layers"
+            )
+        scores: dict[int, Tensor] = {}
+        token = _recording.set(_Recording({self._modules[layer]: layer for layer in layers}, scores))
+        try:
+            yield scores
+        finally:
+            _recording.reset(token)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # (B, heads, N, d)
+    key: Tensor,  # (B, heads, N, d)
+    value: Tensor,  # (B, heads, N, d)
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """SDPA, and the scores of `module` where they are asked for."""
+    recording = _recording.get()
+    if recording is not None and module in recording.layer_of:
+        if attention_mask is not None:
+            raise Unsupported("scores of masked attention")
+        factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+        recording.add(module, column_sums(query, key, scaling=factor))
+    output: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
+    )
+    return output
