@@ -1,0 +1,173 @@
+"""Micro-batches: requests that arrive together share one run of the model.
+
+One worker thread runs batches, one after the other, in order of arrival; while one runs, the next gathers.
+Knows neither images nor models: an item is anything with a cost, and a batch is a list of items.
+
+Belongs to one event loop, that of its first `submit`; nothing here is locked, as only that loop touches it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final, Generic, TypeVar
+
+from hiprune.errors import Exhausted, Unavailable
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_FIRST_GUESS_S: Final = 1.0
+"""How long a batch is taken to run before one has."""
+
+_SMOOTHING: Final = 0.3
+"""Weight of the latest batch in the running mean of batch times: about the last five count."""
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Result]):
+    """A result, and what it took."""
+
+    result: Result
+    queued_s: float  # from submit to the start of its batch
+    ran_s: float  # of the whole batch
+    batch_size: int  # items
+
+
+@dataclass(eq=False)
+class _Job(Generic[Item, Result]):
+    item: Item
+    cost: int
+    future: asyncio.Future[Outcome[Result]]
+    submitted_s: float = field(default_factory=time.perf_counter)
+
+
+class MicroBatcher(Generic[Item, Result]):
+    """A bounded queue in front of `run`, which takes a list of items and returns their results in order.
+
+    `cost` is in whatever unit bounds the model's memory and time (images, tokens), and so are the bounds:
+    a batch costs at most `max_batch_cost`, or is one item that is dearer; items that wait cost at most
+    `max_queue_cost`, or are one item that found nobody waiting. Items that find the worker idle wait up to
+    `max_wait_ms` for company, less once a batch is full; 0 takes only what the event loop has ready.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Item]], list[Result]],
+        *,
+        cost: Callable[[Item], int],
+        max_batch_cost: int,
+        max_queue_cost: int,
+        max_wait_ms: float = 2.0,
+    ) -> None:
+        self._run = run
+        self._cost = cost
+        self._max_batch_cost = max_batch_cost
+        self._max_queue_cost = max_queue_cost
+        self._max_wait_s = max_wait_ms / 1000
+        self._waiting: deque[_Job[Item, Result]] = deque()
+        self._depth = 0
+        self._enough = asyncio.Event()  # no more company is needed
+        self._pump: asyncio.Task[None] | None = None  # runs while there is work
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batch")
+        self._batch_s = _FIRST_GUESS_S
+        self._closed = False
+
+    @property
+    def depth(self) -> int:
+        """The cost of what waits; a running batch waits no more."""
+        return self._depth
+
+    async def submit(self, item: Item) -> Outcome[Result]:
+        """The outcome of `item`, once its batch has run.
+
+        Raises `Exhausted` (OVERLOADED) when the queue is full, `Unavailable` after `close`, and whatever
+        `run` raised for the batch. Cancelled before its batch starts, an item never reaches `run`; later,
+        its result is dropped.
+        """
+        if self._closed:
+            raise Unavailable("shutting down")
+        cost = self._cost(item)
+        if self._waiting and self._depth + cost > self._max_queue_cost:
+            raise Exhausted(
+                f"the queue is full: {self._depth} waiting, {cost} more; at most {self._max_queue_cost}",
+                retry_after_s=self._batch_s * math.ceil(self._depth / self._max_batch_cost),
+            )
+        job: _Job[Item, Result] = _Job(item, cost, asyncio.get_running_loop().create_future())
+        self._waiting.append(job)
+        self._depth += cost
+        if self._pump is None:
+            self._enough.clear()
+            self._pump = asyncio.create_task(self._run_until_empty())
+        if self._depth >= self._max_batch_cost:
+            self._enough.set()
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            with contextlib.suppress(ValueError):  # its batch has started
+                self._waiting.remove(job)
+                self._depth -= job.cost
+            raise
+
+    async def close(self) -> None:
+        """Refuse what comes, finish what is here. Cancelled, it may be called again."""
+        self._closed = True
+        self._enough.set()
+        if self._pump is not None:
+            await asyncio.wait({self._pump})  # which, unlike awaiting it, leaves it alone if we are cancelled
+        self._worker.shutdown(wait=False)
+
+    async def _run_until_empty(self) -> None:
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._max_wait_s):
+                    await self._enough.wait()
+            while self._waiting:
+                await self._run_batch(self._take())
+        finally:
+            self._pump = None
+
+    def _take(self) -> list[_Job[Item, Result]]:
+        """The next batch, in order of arrival: nothing overtakes an item that does not fit."""
+        batch = [self._waiting.popleft()]
+        room = self._max_batch_cost - batch[0].cost
+        while self._waiting and self._waiting[0].cost <= room:
+            batch.append(self._waiting.popleft())
+            room -= batch[-1].cost
+        self._depth -= sum(job.cost for job in batch)
+        return batch
+
+    async def _run_batch(self, batch: list[_Job[Item, Result]]) -> None:
+        """Run one batch and answer everyone in it; errors go to the submitters and end there."""
+        started_s = time.perf_counter()
+        try:
+            items = [job.item for job in batch]
+            results = await asyncio.get_running_loop().run_in_executor(self._worker, self._checked_run, items)
+        except BaseException as error:
+            for job in batch:
+                if not job.future.done():
+                    job.future.set_exception(error)
+            if not isinstance(error, Exception):  # our task is cancelled: the loop is going down
+                raise
+            return
+        ran_s = time.perf_counter() - started_s
+        self._batch_s += _SMOOTHING * (ran_s - self._batch_s)
+        for job, result in zip(batch, results, strict=True):
+            if not job.future.done():
+                job.future.set_result(Outcome(result, started_s - job.submitted_s, ran_s, len(batch)))
+
+    def _checked_run(self, items: list[Item]) -> list[Result]:
+        """`run`, on the worker thread, held to its contract."""
+        try:
+            results = self._run(items)
+        except StopIteration as error:  # which a future cannot carry: its waiters would wait for ever
+            raise RuntimeError("run raised StopIteration") from error
+        if len(results) != len(items):
+            raise RuntimeError(f"{len(results)} results for a batch of {len(items)}")
+        return results
