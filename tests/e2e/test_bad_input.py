@@ -97,8 +97,9 @@ CASES = {
     ),
     "video without frames": (
         turns(Message(role=USER, parts=[Part(media=media_pb2.Media(video=media_pb2.Video()))])),
-        *INVALID,
-        "messages[0].parts[0].media.video.frames",
+        "UNIMPLEMENTED",
+        "UNSUPPORTED",
+        "messages[0].parts[0].media.video",
     ),
     # the policy
     "0 tokens": (with_policy(keep_count=0), *INVALID, "policy.keep_count"),
@@ -116,15 +117,30 @@ CASES = {
     "layer behind the features": (with_policy(object_layer=8), *INVALID, "policy.object_layer"),
     # sampling
     "max_tokens 0": (with_sampling(max_tokens=0), *INVALID, "sampling.max_tokens"),
-    "max_tokens beyond": (with_sampling(max_tokens=10**6), *INVALID, "sampling.max_tokens"),
+    "max_tokens beyond": (
+        with_sampling(max_tokens=10**6),
+        "INVALID_ARGUMENT",
+        "LIMIT_EXCEEDED",
+        "sampling.max_tokens",
+    ),
     "temperature below 0": (with_sampling(temperature=-1), *INVALID, "sampling.temperature"),
     "temperature NaN": (with_sampling(temperature=math.nan), *INVALID, "sampling.temperature"),
     "top_p 0": (with_sampling(top_p=0), *INVALID, "sampling.top_p"),
     "empty stop string": (with_sampling(stop=[""]), *INVALID, "sampling.stop[0]"),
-    "too many stop strings": (with_sampling(stop=["a"] * 9), *INVALID, "sampling.stop"),
+    "too many stop strings": (
+        with_sampling(stop=["a"] * 9),
+        "INVALID_ARGUMENT",
+        "LIMIT_EXCEEDED",
+        "sampling.stop",
+    ),
     # messages
     "no messages": (turns(), "INVALID_ARGUMENT", None, "messages"),
-    "no role": (turns(Message(parts=[HELLO])), *INVALID, "messages[0].role"),
+    "no role": (
+        turns(Message(parts=[HELLO])),
+        "INVALID_ARGUMENT",
+        "MISSING_FIELD",
+        "messages[0].role",
+    ),
     "unknown role": (turns(Message(role=9, parts=[HELLO])), *INVALID, "messages[0].role"),
     "no parts": (turns(Message(role=USER)), "INVALID_ARGUMENT", None, "messages[0].parts"),
     "empty part": (
