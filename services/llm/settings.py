@@ -1,0 +1,46 @@
+"""Settings of the language-model service; see `hiprune.config` for those that every service has."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from hiprune.config import ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """The language model: pruned tokens in, text out; and the front door, AskImage."""
+
+    env_prefix: ClassVar[str] = "HIPRUNE_LLM_"
+    service: ClassVar[str] = "llm"
+
+    listen: Annotated[str, Field(pattern=r"^(unix:.+|.+:\d+)$")] = Field(
+        "127.0.0.1:50053", description="address to serve on: HOST:PORT or unix:PATH"
+    )
+    pruner: Annotated[str, Field(pattern=r"^(unix:.+|.+:\d+)$")] = Field(
+        "127.0.0.1:50052", description="address of the pruner: HOST:PORT or unix:PATH"
+    )
+    model_name: Annotated[str, Field(max_length=200)] = Field(
+        "", description="name that clients may give as `model`; empty: the hub id or the directory's name"
+    )
+    engine: Literal["transformers"] = Field("transformers", description="what runs the model: transformers")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto, cpu or cuda; auto takes a GPU where there is one"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="auto, float32, bfloat16 or float16; auto: float32 on a CPU, the checkpoint's on a GPU",
+    )
+    max_concurrency: int = Field(4, ge=1, le=256, description="answers generated at the same time")
+    max_queue: int = Field(
+        64, ge=0, le=100_000, description="requests that may wait for a slot; more are refused as OVERLOADED"
+    )
+    max_new_tokens: int = Field(
+        1024, ge=1, le=1_000_000, description="largest sampling.max_tokens, in tokens"
+    )
+    max_messages: int = Field(128, ge=1, le=100_000, description="most turns of a conversation")
+    max_media: int = Field(8, ge=1, le=1000, description="most images of a conversation")
+    max_text_chars: int = Field(
+        32_768, ge=1, le=100_000_000, description="most characters of text in a conversation"
+    )
