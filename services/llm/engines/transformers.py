@@ -1,0 +1,253 @@
+"""The embedded engine: transformers' own `generate`, each answer in a thread of a bounded pool.
+
+What it adds to stock `generate`: tokens stream to the event loop, cancellation takes effect at the next
+token, and draws come from a generator of the request's own, so that a seed means the same alone and
+beside others and torch's global one is never touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import copy
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from hiprune.loading import load_part
+from hiprune.telemetry import stage
+from services.llm.placement import Placement
+from services.llm.sampling import Sampling
+
+log = logging.getLogger("hiprune.llm")
+
+# below it a division would overflow float32 and the draw is greedy anyway
+_LEAST_TEMPERATURE: Final = 1e-6
+
+
+class TransformersEngine:
+    """The language part of a Hugging Face checkpoint, alone."""
+
+    name = "transformers"
+
+    def __init__(
+        self,
+        path: Path,
+        text_config: Any,
+        key_mapping: Mapping[str, str],
+        placement: Placement,
+        max_concurrency: int,
+    ) -> None:
+        self._path = path
+        self._config = text_config
+        self._key_mapping = dict(key_mapping)
+        self._placement = placement
+        self._pool = ThreadPoolExecutor(max_concurrency, thread_name_prefix="generate")
+        self._running: set[threading.Event] = set()
+        self._model: Any = None
+        self._generation_config: Any = None
+        self.context_length = int(text_config.max_position_embeddings)
+        self.end_tokens: frozenset[int] = frozenset()
+
+    async def start(self) -> None:
+        """Loads the weights and generates two tokens. Raises CheckpointError."""
+        await asyncio.to_thread(self._load)
+        prompt = await asyncio.to_thread(self.embed, [0, 0])
+        positions = torch.arange(2, device=self._placement.device)
+        async for _ in self.generate(prompt, positions, Sampling(), 2):
+            pass
+
+    async def stop(self) -> None:
+        """Ends every generation at its next token and waits for them."""
+        for stopped in self._running:
+            stopped.set()
+        await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        self._model = None
+
+    @torch.no_grad()
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Input embeddings, (T, H)."""
+        ids = torch.tensor(list(token_ids), dtype=torch.long, device=self._placement.device)
+        embedded: torch.Tensor = self._model.get_input_embeddings()(ids)
+        return embedded
+
+    async def generate(
+        self, embeddings: torch.Tensor, positions: torch.Tensor, sampling: Sampling, max_tokens: int
+    ) -> AsyncGenerator[int, None]:
+        """See `Engine.generate`."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[int | None] = asyncio.Queue()
+        stopped = threading.Event()
+        relay = _Relay(lambda token: _post(loop, arrived.put_nowait, token))
+
+        def work() -> None:
+            if not stopped.is_set():
+                self._generate(embeddings, positions, sampling, max_tokens, relay, stopped)
+
+        def ended(work: asyncio.Future[None]) -> None:
+            arrived.put_nowait(None)
+            if not work.cancelled():
+                work.exception()  # seen, though whoever left early does not care
+
+        # the request's clock and trace go with it into the thread
+        submitted = self._pool.submit(contextvars.copy_context().run, work)
+        done = asyncio.wrap_future(submitted)
+        done.add_done_callback(ended)
+        self._running.add(stopped)
+        try:
+            while (token := await arrived.get()) is not None:
+                yield token
+            done.result()
+        finally:
+            self._running.discard(stopped)
+            stopped.set()
+            submitted.cancel()  # where it has not begun
+            await asyncio.wait({done})
+
+    def _generate(
+        self,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
+        sampling: Sampling,
+        max_tokens: int,
+        relay: _Relay,
+        stopped: threading.Event,
+    ) -> None:
+        """One answer, in a thread of the pool."""
+        settings = copy.deepcopy(self._generation_config)
+        settings.max_new_tokens = max_tokens
+        processors = [] if sampling.greedy else [SeededSampler(sampling)]
+        with relay:
+            self._model.generate(
+                inputs_embeds=embeddings[None],  # (1, S, H)
+                attention_mask=torch.ones((1, len(embeddings)), dtype=torch.long, device=embeddings.device),
+                position_ids=positions[..., None, :],  # (1, S) or (axes, 1, S)
+                generation_config=settings,
+                logits_processor=processors,
+                stopping_criteria=[_StopWhen(stopped)],
+                streamer=relay,
+            )
+
+    def _load(self) -> None:
+        from transformers import AutoModelForCausalLM
+
+        model = load_part(
+            AutoModelForCausalLM,
+            self._path,
+            part="language model",
+            config=self._config,
+            key_mapping=self._key_mapping,
+            dtype=self._placement.dtype,
+        )
+        self._model = model.to(self._placement.device)
+        # on the model too, or `generate` fills the gaps from the stored one and warns of the clash
+        model.generation_config = self._generation_config = _deterministic(model.generation_config)
+        ends = self._generation_config.eos_token_id
+        self.end_tokens = frozenset(ends if isinstance(ends, list) else [ends] if ends is not None else [])
+        log.info(
+            "language model %s: %.1f M parameters, context %d",
+            type(model).__name__,
+            sum(each.numel() for each in model.parameters()) / 1e6,
+            self.context_length,
+        )
+
+
+def _deterministic(stored: Any) -> Any:
+    """The model's own generation settings, less those by which its authors like to draw.
+
+    What remains (end tokens, padding, suppressed tokens, penalties) holds for every request.
+    """
+    settings = copy.deepcopy(stored)
+    settings.do_sample = False
+    settings.num_beams = 1
+    settings.num_return_sequences = 1
+    settings.max_length = None
+    settings.temperature, settings.top_p, settings.top_k = 1.0, 1.0, 50
+    if settings.pad_token_id is None and settings.eos_token_id is not None:
+        ends = settings.eos_token_id
+        settings.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    return settings
+
+
+class SeededSampler:
+    """A logits processor that draws: the drawn token is left at 0, all others at -inf; argmax does the rest.
+
+    The probabilities are transformers' own (its temperature, then its top-p); the draw is made on the CPU
+    by a generator that belongs to this request.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+
+        self._warpers = [TemperatureLogitsWarper(max(sampling.temperature, _LEAST_TEMPERATURE))]
+        if sampling.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`scores` (1, vocabulary) float32."""
+        # softmax does not see the shift, and a tiny temperature then only drives scores towards -inf
+        warped = scores - scores.max(dim=-1, keepdim=True).values
+        for warp in self._warpers:
+            warped = warp(input_ids, warped)
+        probabilities = warped.softmax(dim=-1).cpu()
+        drawn = torch.multinomial(probabilities, 1, generator=self._generator).to(scores.device)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+class _StopWhen:
+    """A stopping criterion that reads an event. transformers asks for a callable, not for its own class."""
+
+    def __init__(self, stopped: threading.Event) -> None:
+        self._stopped = stopped
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self._stopped.is_set(), device=input_ids.device)
+
+
+class _Relay:
+    """A streamer that hands tokens on and times the stages: prefill up to the first token, then decode."""
+
+    def __init__(self, hand_on: Callable[[int], None]) -> None:
+        self._hand_on = hand_on
+        self._stages = ExitStack()
+        self._prompt_seen = False
+        self._decoding = False
+
+    def __enter__(self) -> None:
+        self._stages.enter_context(stage("prefill"))
+
+    def __exit__(self, *error: Any) -> None:
+        self._stages.close()
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """First the prompt's ids, of which there are none, then one token, (1,), at a time."""
+        if not self._prompt_seen:
+            self._prompt_seen = True
+            return
+        if not self._decoding:
+            self._decoding = True
+            self._stages.close()
+            self._stages.enter_context(stage("decode"))
+        self._hand_on(int(tokens.item()))
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def _post(loop: asyncio.AbstractEventLoop, callback: Callable[[int], None], token: int) -> None:
+    """Calls back on the loop; a loop that has closed wants no more tokens."""
+    try:
+        loop.call_soon_threadsafe(callback, token)
+    except RuntimeError:
+        return

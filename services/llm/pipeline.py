@@ -1,0 +1,156 @@
+"""The language model as a whole: a checked request in, deltas and a completion out. Knows no gRPC context.
+
+messages ─read─▶ Request ─┐
+                          ├─answer─▶ project, splice ─▶ prefill, decode ─▶ deltas … completion
+pruned media ─────────────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from hiprune import telemetry
+from hiprune.checkpoints import Checkpoint
+from hiprune.errors import InvalidInput, NotFound
+from hiprune.v1 import llm_service_pb2, pruner_service_pb2
+from services.llm.chat import Chat
+from services.llm.detokenize import Detokenizer
+from services.llm.engines.base import Engine
+from services.llm.families import Adapter, SplicedPrompt
+from services.llm.flops import TextShape, prefill_flops
+from services.llm.prompts import Limits, Prompt, read_prompt
+from services.llm.sampling import Sampling, read_sampling
+from services.llm.slots import Slots
+from services.llm.visual import VisualTokens, read_pruned
+
+Messages = Sequence[llm_service_pb2.Message]
+Event = llm_service_pb2.TextDelta | llm_service_pb2.Completion
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client asks for, checked."""
+
+    prompt: Prompt
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class LanguageModel:
+    """Everything that is loaded, and who may use it now."""
+
+    name: str
+    checkpoint: Checkpoint
+    chat: Chat
+    adapter: Adapter
+    engine: Engine
+    shape: TextShape
+    limits: Limits
+    max_new_tokens: int
+    slots: Slots
+
+    def read(
+        self,
+        messages: Messages,
+        sampling: llm_service_pb2.Sampling,
+        model: str,
+        *,
+        media: Literal["media", "pruned_media"],
+    ) -> Request:
+        """A request, checked in full but for its pixels and features. Blocks for as long as tokenizing takes.
+
+        Raises NotFound, InvalidInput, Unsupported.
+        """
+        if model not in {"", self.name}:
+            raise NotFound(f"is {model!r}, this service has {self.name!r}", field="model")
+        drawn = read_sampling(sampling, max_new_tokens=self.max_new_tokens)
+        prompt = read_prompt(
+            messages, self.chat, self.limits, media=media, takes_video=self.adapter.takes_video
+        )
+        # an image leaves at least one token, so a text that is too long by itself needs no encoder to say so
+        self._check_length(len(prompt.token_ids))
+        return Request(prompt, drawn)
+
+    def read_pruned(self, media: pruner_service_pb2.PrunedMedia, field: str) -> VisualTokens:
+        """Kept tokens for this model. Raises Mismatch, InvalidInput."""
+        return read_pruned(
+            media,
+            self.checkpoint.facts,
+            self.checkpoint.vision_digest,
+            field=field,
+            views=self.adapter.views,
+        )
+
+    async def answer(
+        self, request: Request, media: Sequence[VisualTokens], clock: telemetry.StageClock
+    ) -> AsyncGenerator[Event, None]:
+        """Deltas as they come, then the completion, with the stages of `clock` in it.
+
+        `media` are those of the prompt, in its order. The caller holds a slot. Raises InvalidInput.
+        """
+        with telemetry.stage("project"):
+            prompt = await asyncio.to_thread(self._assemble, request.prompt, media)
+        length = len(prompt.embeddings)
+        self._check_length(length)
+        room = self.engine.context_length - length
+        budget = request.sampling.tokens_within(room, self.max_new_tokens)
+        text = Detokenizer(self.chat.backend, request.sampling.stop)
+        generated: list[int] = []
+        ended = False
+        async with aclosing(
+            self.engine.generate(prompt.embeddings, prompt.positions, request.sampling, budget)
+        ) as tokens:
+            async for token in tokens:
+                generated.append(token)
+                ended = token in self.engine.end_tokens
+                if not ended and (delta := text.push(token)):
+                    yield llm_service_pb2.TextDelta(text=delta)
+                if text.stopped:
+                    break
+        if rest := text.finish():
+            yield llm_service_pb2.TextDelta(text=rest)
+        before = length - prompt.visual_tokens + sum(each.tokens_before for each in media)
+        yield llm_service_pb2.Completion(
+            finish_reason=llm_service_pb2.FINISH_REASON_STOP
+            if ended or text.stopped
+            else llm_service_pb2.FINISH_REASON_LENGTH,
+            usage=llm_service_pb2.Usage(
+                prompt_tokens=length,
+                completion_tokens=len(generated),
+                visual_tokens_before=sum(each.tokens_before for each in media),
+                visual_tokens_after=prompt.visual_tokens,
+                prefill_flops_before=prefill_flops(self.shape, before),
+                prefill_flops_after=prefill_flops(self.shape, length),
+            ),
+            timings=clock.to_proto(),
+            token_ids=generated,
+        )
+
+    def _assemble(self, prompt: Prompt, media: Sequence[VisualTokens]) -> SplicedPrompt:
+        """The prompt as the language model sees it. Blocks."""
+        rows = []
+        for each in media:
+            projected = self.adapter.project(each.features)  # (K, H)
+            if not bool(torch.isfinite(projected).all()):
+                raise InvalidInput(
+                    f"do not stay finite in the model's {projected.dtype}: are they this tower's?",
+                    field=each.field,
+                )
+            rows.append(projected)
+        return self.adapter.splice(prompt.token_ids, self.engine.embed(prompt.token_ids), rows)
+
+    def _check_length(self, tokens: int) -> None:
+        """Refuses a prompt that leaves no room for one token of answer."""
+        if tokens >= self.engine.context_length:
+            raise InvalidInput(
+                f"make a prompt of at least {tokens} tokens, expected at most "
+                f"{self.engine.context_length - 1}: the model's context is {self.engine.context_length}",
+                reason="LIMIT_EXCEEDED",
+                field="messages",
+            )

@@ -1,0 +1,115 @@
+"""The language-model service as a process: loads, serves, leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import grpc
+
+from hiprune.checkpoints import CheckpointError, open_checkpoint
+from hiprune.errors import Unavailable
+from hiprune.v1 import llm_service_pb2_grpc
+from services.llm.pipeline import LanguageModel
+from services.llm.pruner import Pruner
+from services.llm.service import ImageQaServicer, LanguageModelServicer
+from services.llm.settings import Settings
+
+NAMES: Final = ("hiprune.v1.LanguageModelService", "hiprune.v1.ImageQaService")
+
+
+class LlmService:
+    """What `hiprune.server` runs: loads, serves, leaves."""
+
+    names: Sequence[str] = NAMES
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._model: LanguageModel | None = None
+        self._pruner: Pruner | None = None
+
+    def register(self, grpc_server: grpc.aio.Server) -> None:
+        """Adds both servicers."""
+        llm_service_pb2_grpc.add_LanguageModelServiceServicer_to_server(
+            LanguageModelServicer(self.loaded), grpc_server
+        )
+        llm_service_pb2_grpc.add_ImageQaServiceServicer_to_server(
+            ImageQaServicer(self.loaded, self.pruner), grpc_server
+        )
+
+    async def start(self) -> None:
+        """Loads the model and generates once. The pruner need not be there."""
+        self._pruner = Pruner(self._settings.pruner, self._settings.max_message_bytes)
+        model = await asyncio.to_thread(load, self._settings)
+        await model.engine.start()
+        self._model = model
+
+    async def stop(self) -> None:
+        """Ends what still generates and closes the channel to the pruner."""
+        if self._pruner is not None:
+            await self._pruner.close()
+        if self._model is not None:
+            await self._model.engine.stop()
+
+    def loaded(self) -> LanguageModel:
+        """The language model. Raises Unavailable until it is loaded."""
+        if self._model is None:
+            raise Unavailable("the language model is loading", reason="NOT_READY", retry_after_s=1)
+        return self._model
+
+    def pruner(self) -> Pruner:
+        """The channel to the pruner. Raises Unavailable before `start`."""
+        if self._pruner is None:
+            raise Unavailable("the service is starting", reason="NOT_READY", retry_after_s=1)
+        return self._pruner
+
+
+def load(settings: Settings) -> LanguageModel:
+    """Everything but the engine's weights, which its `start` loads. Blocks.
+
+    Raises CheckpointError, ConfigError.
+    """
+    # transformers takes seconds to import: done here, in a thread, while the port already answers health
+    import torch
+    from transformers import AutoConfig
+
+    from services.llm.chat import load_chat
+    from services.llm.engines.transformers import TransformersEngine
+    from services.llm.families import load_adapter
+    from services.llm.flops import TextShape
+    from services.llm.placement import place
+    from services.llm.prompts import Limits
+    from services.llm.slots import Slots
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    checkpoint = open_checkpoint(settings.model)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: config.json: {error}") from error
+    text_config = config.text_config
+    # where stock ties the output to the input embeddings, which the family's own config decides, so does this
+    text_config.tie_word_embeddings = config.tie_word_embeddings
+    placement = place(settings.device, settings.dtype, config.dtype)
+    adapter = load_adapter(checkpoint, config, placement)
+    return LanguageModel(
+        name=settings.model_name or _name(settings.model, checkpoint.name),
+        checkpoint=checkpoint,
+        chat=load_chat(checkpoint.path, int(config.image_token_id)),
+        adapter=adapter,
+        engine=TransformersEngine(
+            checkpoint.path, text_config, adapter.language_keys, placement, settings.max_concurrency
+        ),
+        shape=TextShape.of(text_config),
+        limits=Limits(settings.max_messages, settings.max_media, settings.max_text_chars),
+        max_new_tokens=settings.max_new_tokens,
+        slots=Slots(settings.max_concurrency, settings.max_queue),
+    )
+
+
+def _name(model: str, directory: str) -> str:
+    """What clients call it: the directory's name, or the hub id, whose directory is named by a commit."""
+    return directory if Path(model).expanduser().is_dir() else model
