@@ -9,7 +9,7 @@ READY := .venv/ready
 NODE := tests/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all check protos tables bench clean
+.PHONY: help demo up test test-all check protos tables bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -39,9 +39,6 @@ tables: $(READY) ## refill the settings tables in services/*/README.md
 
 bench: $(READY) ## run every benchmark in benchmarks/
 	@set -e; for each in benchmarks/*.py; do echo "$$each"; $(BIN)/python "$$each" $(ARGS); done
-
-clean: ## remove what make made
-	@rm -rf .venv tests/node/node_modules .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt tools/set_up.py
 	@command -v $(PYTHON) >/dev/null || { echo "hiprune needs Python 3.11 or newer; no $(PYTHON) is on PATH" >&2; exit 1; }

@@ -96,7 +96,7 @@ def pinned(name: str) -> str:
 
 def install(*what: str) -> None:
     """pip install under the constraints; its own progress where a person watches, else its errors alone."""
-    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    quiet = [] if sys.stdout.isatty() else ["-qq"]
     pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--constraint", CONSTRAINTS]
     if subprocess.run([*pip, *quiet, *what], check=False).returncode:
         raise SystemExit(f"hiprune: pip could not install {what[-1]}; its reason stands above")
