@@ -152,9 +152,9 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
     ) -> tuple[Encoded, pruner_service_pb2.CacheStatus.ValueType]:
         """The encoded image with all that the policy reads, from the cache or the encoder."""
         facts = self._checkpoint.facts
-        # both layers always, so that the entry serves every later policy
+        # more than this policy reads, where an entry is kept: it then serves every later policy and question
         layers = {facts.object_layer, facts.deep_layer, policy.object_layer}
-        aligned = policy.reads_text and self._text is not None
+        aligned = self._text is not None and (policy.reads_text or self._cache.store.name != "off")
         cached = await self._cache.get_encoded(keys, digest)
         if cached is not None:
             held = {entry.layer for entry in cached.views[0].attention}

@@ -148,7 +148,7 @@ def demo(
 
     try:
         run_demo(out, folder)
-    except StackError as error:
+    except (StackError, HipruneError) as error:
         err.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
 

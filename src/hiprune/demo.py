@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -35,36 +36,45 @@ def run_demo(console: Console, folder: Path) -> None:
         with stack:
             status.update("asking")
             ready = time.perf_counter() - started
-            table, image, kept = asyncio.run(_ask_all(stack.address))
+            tables, image, kept = asyncio.run(_ask_all(stack.address))
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "overlay.png"
     draw_overlay(image, kept).save(picture)
-    console.print(table)
-    console.print("time in ms; first: until the first word; encode and select: 0 where the cache answered")
-    console.print(
-        f"kept patches drawn in [bold]{picture}[/bold]   "
-        f"(ready in {ready:.1f} s, all in {time.perf_counter() - started:.1f} s)"
-    )
+    console.print("The same questions, with all visual tokens and with a third of them", style="bold")
+    for table in tables:
+        console.print(table)
+    console.print("[dim]milliseconds; first: until the first word; a stage the cache saved is blank[/dim]")
+    console.print(f"kept patches drawn in [bold]{picture}[/bold]")
+    console.print(f"[dim]ready after {ready:.1f} s, all after {time.perf_counter() - started:.1f} s[/dim]")
 
 
-async def _ask_all(address: str) -> tuple[Table, bytes, pruner_service_pb2.Selection]:
-    """The table, and an image with what HIPRUNE_PLUS_PLUS kept of it."""
-    table = Table(title="One third of the visual tokens, the same questions")
-    for heading in ("image", "question", "truth", "method", "answer", "tokens", "cache"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("encode", "select", "prefill", "first", "total"):
-        table.add_column(heading, justify="right", no_wrap=True)
+async def _ask_all(address: str) -> tuple[list[Table], bytes, pruner_service_pb2.Selection]:
+    """A table a question, and an image with what HIPRUNE_PLUS_PLUS kept of it."""
+    tables = []
     image, kept = b"", pruner_service_pb2.Selection()
     async with Client(address) as client:
         for sample in _samples():
             image = (SAMPLES / sample["image"]).read_bytes()
+            table = _table(f"{sample['image']}: {sample['question']} ({sample['truth']})")
             for name, method in _METHODS.items():
                 policy = pruner_service_pb2.PrunePolicy(method=method)
                 answer = await client.ask(sample["question"], image, policy=policy)
                 table.add_row(*_row(sample, name, answer))
                 kept = answer.report.media[0].views[0]
-            table.add_section()
-    return table, image, kept
+            tables.append(table)
+    return tables, image, kept
+
+
+def _table(title: str) -> Table:
+    """Columns of one width in every table, 79 characters in all."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for heading, width in (("method", 9), ("answer", 11), ("tokens", 8), ("cache", 7)):
+        table.add_column(heading, width=width, no_wrap=True)
+    for heading in ("encode", "select", "prefill", "first", "total"):
+        table.add_column(heading, width=max(5, len(heading)), justify="right", no_wrap=True)
+    return table
 
 
 def _samples() -> list[dict[str, str]]:
@@ -84,19 +94,23 @@ def _row(sample: dict[str, str], method: str, answer: Answer) -> list[str]:
     text = answer.text.strip()
     mark = "[green]✓[/green]" if text == sample["truth"] else "[red]✗[/red]"
     return [
-        sample["image"].removesuffix(".png"),
-        sample["question"],
-        sample["truth"],
         method,
-        f"{mark} {text}",
-        f"{report.summary.tokens_before} → {report.summary.tokens_kept}",
-        CACHE_WORDS[report.cache],
-        f"{before.get('encode', 0):.0f}",
-        f"{before.get('select', 0):.1f}",
-        f"{after.get('prefill', 0):.0f}",
+        f"{text} {mark}",
+        f"{report.summary.tokens_before}→{report.summary.tokens_kept}",
+        CACHE_WORDS[report.cache].removesuffix(" hit"),
+        _shown(before, "encode"),
+        _shown(before, "select"),
+        _shown(after, "prefill"),
         f"{answer.first_text_s * 1000:.0f}",
         f"{answer.total_s * 1000:.0f}",
     ]
+
+
+def _shown(stages: dict[str, float], name: str) -> str:
+    """A stage's milliseconds; nothing when it did not run."""
+    if name not in stages:
+        return ""
+    return f"{stages[name]:.0f}" if stages[name] >= 1 else f"{stages[name]:.1f}"
 
 
 def _milliseconds(timings: Iterable[encoder_service_pb2.StageTiming]) -> dict[str, float]:

@@ -49,6 +49,12 @@ async def test_another_question_hits_the_encoded_cache_under_plus_plus_and_the_p
     assert await status(client, "which shape is blue ?", image, HIPRUNE) == PRUNED
 
 
+async def test_an_image_seen_under_hiprune_serves_a_question_under_plus_plus(client):
+    image = fresh_image(5)
+    assert await status(client, "count the shapes .", image, HIPRUNE) == MISS
+    assert await status(client, "count the shapes .", image, PLUS_PLUS) == ENCODED
+
+
 async def test_another_ratio_or_layer_prunes_again_from_the_encoded_image(client):
     image = fresh_image(3)
     question = "count the shapes ."
