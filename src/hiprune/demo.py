@@ -70,10 +70,10 @@ def _table(title: str) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for heading, width in (("method", 9), ("answer", 11), ("tokens", 8), ("cache", 7)):
+    for heading, width in (("method", 10), ("answer", 11), ("tokens", 8), ("cache", 8)):
         table.add_column(heading, width=width, no_wrap=True)
     for heading in ("encode", "select", "prefill", "first", "total"):
-        table.add_column(heading, width=max(5, len(heading)), justify="right", no_wrap=True)
+        table.add_column(heading, width=max(5, len(heading)) + 1, justify="right", no_wrap=True)
     return table
 
 
