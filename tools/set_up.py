@@ -1,11 +1,9 @@
 """Makes `.venv`, the environment that make and CI use: `python tools/set_up.py`, run by any Python.
 
 Needs the standard library alone. Says one line a step, and does nothing when the environment is up to
-date; a set-up that was interrupted goes on where it stopped. Old Pythons can read it, so that they say
-what they lack.
+date; a set-up that was interrupted goes on where it stopped. Pythons back to 3.6 can read it, so that they
+say what they lack.
 """
-
-from __future__ import annotations
 
 import hashlib
 import importlib.util
