@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hiprune.auth import is_private
 
@@ -25,7 +33,8 @@ class ConfigError(Exception):
 class ServiceSettings(BaseModel):
     """What every service needs to know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # the input of an error would be every setting, secrets too, in whatever prints the cause
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
     env_prefix: ClassVar[str] = "HIPRUNE_"
     service: ClassVar[str] = "service"
 
@@ -52,6 +61,13 @@ class ServiceSettings(BaseModel):
         "info", description="debug, info, warning or error"
     )
 
+    @field_validator("listen")
+    @classmethod
+    def _port_exists(cls, listen: str) -> str:
+        if not listen.startswith("unix:") and int(listen.rpartition(":")[2]) > 65_535:
+            raise ValueError("a port up to 65535")  # gRPC would take the lower 16 bits and say nothing
+        return listen
+
     @model_validator(mode="after")
     def _strangers_only_by_consent(self) -> Self:
         if not self.allow_anonymous and not is_private(self.listen):
@@ -68,10 +84,12 @@ class ServiceSettings(BaseModel):
         for name, field in cls.model_fields.items():
             default = field.get_default()
             is_switch = field.annotation is bool
+            shown = default if str(default) else "empty"
+            text = f"{field.description} [{cls.env_prefix}{name.upper()}; default: {shown}]"
             parser.add_argument(
                 f"--{name.replace('_', '-')}",
                 default=argparse.SUPPRESS,
-                help=f"{field.description} [{cls.env_prefix}{name.upper()}; default: {default or 'none'}]",
+                help=text.replace("%", "%%"),
                 action=argparse.BooleanOptionalAction if is_switch else "store",
             )
         values: dict[str, Any] = {
@@ -95,5 +113,5 @@ class ServiceSettings(BaseModel):
         got = "a secret" if secret else repr(problem["input"])
         return (
             f"{name} (--{name.replace('_', '-')}, {cls.env_prefix}{name.upper()}): "
-            f"got {got}, expected: {problem['msg']}"
+            f"got {got}, expected: {problem['msg'].removeprefix('Value error, ')}"
         )

@@ -23,10 +23,13 @@ from typing import ClassVar, Final
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
-from google.rpc import code_pb2, error_details_pb2, status_pb2
+from google.rpc import error_details_pb2, status_pb2
 
 DOMAIN: Final = "hiprune"
 """`ErrorInfo.domain` of every error that our own code raises."""
+
+_MAX_MESSAGE_BYTES: Final = 1000
+"""gRPC replaces a status whose trailers exceed 8 KiB; they hold the message three times, once %-encoded."""
 
 
 class HipruneError(Exception):
@@ -161,21 +164,24 @@ _BY_CODE: Final[dict[grpc.StatusCode, type[HipruneError]]] = {
 
 
 def to_status(error: HipruneError) -> status_pb2.Status:
-    """`google.rpc.Status` with `ErrorInfo`, and `BadRequest` and `RetryInfo` where they apply."""
+    """`google.rpc.Status` with `ErrorInfo`, and `BadRequest` and `RetryInfo` where they apply.
+
+    A very long message is cut.
+    """
     details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN)]
     packed = []
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(
-            field=error.field, description=error.message, reason=error.reason
+            field=error.field, description=_cut(error.message), reason=error.reason
         )
         packed.append(error_details_pb2.BadRequest(field_violations=[violation]))
         details[0].metadata["field"] = error.field
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
-        delay.FromMilliseconds(int(error.retry_after_s * 1000))
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
         packed.append(error_details_pb2.RetryInfo(retry_delay=delay))
     number: int = error.code.value[0]
-    status = status_pb2.Status(code=number, message=str(error))
+    status = status_pb2.Status(code=number, message=_cut(str(error)))
     for detail in (*details, *packed):
         wrapped = any_pb2.Any()
         wrapped.Pack(detail)
@@ -184,7 +190,7 @@ def to_status(error: HipruneError) -> status_pb2.Status:
 
 
 def from_rpc(error: grpc.aio.AioRpcError, *, peer: str) -> HipruneError:
-    """The domain error behind a peer's status; a status without our details keeps its code.
+    """The domain error behind a peer's status; Internal for a code that none of ours has.
 
     `peer` names the service that was called ("encoder"), for errors that the peer did not write itself.
     """
@@ -194,18 +200,16 @@ def from_rpc(error: grpc.aio.AioRpcError, *, peer: str) -> HipruneError:
     field = ""
     retry_after_s: float | None = None
     for detail in _details_of(error):
-        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
-            info = error_details_pb2.ErrorInfo()
-            detail.Unpack(info)
-            reason = info.reason
-            field = info.metadata.get("field", "")
-        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
-            retry = error_details_pb2.RetryInfo()
-            detail.Unpack(retry)
-            retry_after_s = retry.retry_delay.ToMilliseconds() / 1000
+        if isinstance(detail, error_details_pb2.ErrorInfo):
+            reason = detail.reason
+            field = detail.metadata.get("field", "")
+        else:
+            retry_after_s = detail.retry_delay.ToMilliseconds() / 1000
     if reason is None and kind is Unavailable:
         text = f"the {peer} cannot be reached ({text})"
         reason = f"{peer.upper()}_UNREACHABLE"
+    elif reason is None and kind is Exhausted:
+        reason = "LIMIT_EXCEEDED"  # gRPC's own, for a message above a limit: no replica has more room
     elif field:
         text = text.removeprefix(f"{field}: ")
     found = kind(text, reason=reason, field=field, retry_after_s=retry_after_s)
@@ -213,14 +217,27 @@ def from_rpc(error: grpc.aio.AioRpcError, *, peer: str) -> HipruneError:
     return found
 
 
-def _details_of(error: grpc.aio.AioRpcError) -> list[any_pb2.Any]:
-    """The `google.rpc` details in an error's trailing metadata; none when absent or unreadable."""
+def _cut(text: str) -> str:
+    """The text, cut where it is too long for a status."""
+    raw = text.encode("utf-8", "replace")
+    if len(raw) <= _MAX_MESSAGE_BYTES:
+        return raw.decode()
+    return raw[:_MAX_MESSAGE_BYTES].decode("utf-8", "ignore") + "…"
+
+
+def _details_of(
+    error: grpc.aio.AioRpcError,
+) -> list[error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo]:
+    """The details that we read in an error's trailing metadata; none when absent or unreadable."""
+    found = []
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
             raw = value if isinstance(value, bytes) else value.encode("latin-1")
             try:
-                status = status_pb2.Status.FromString(raw)
+                for detail in status_pb2.Status.FromString(raw).details:
+                    for kind in (error_details_pb2.ErrorInfo, error_details_pb2.RetryInfo):
+                        if detail.Is(kind.DESCRIPTOR):
+                            found.append(kind.FromString(detail.value))
             except Exception:  # a stranger's trailer is not ours to fail on
                 return []
-            return list(status.details) if status.code != code_pb2.OK else []
-    return []
+    return found

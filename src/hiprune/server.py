@@ -7,11 +7,12 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
@@ -20,7 +21,7 @@ from grpc_status import rpc_status
 from hiprune import deadlines, telemetry
 from hiprune.checkpoints import CheckpointError
 from hiprune.config import ConfigError, ServiceSettings
-from hiprune.errors import Expired, HipruneError, Internal, Unavailable, to_status
+from hiprune.errors import Expired, HipruneError, Internal, InvalidInput, Unavailable, to_status
 
 log = logging.getLogger("hiprune.server")
 
@@ -28,7 +29,6 @@ LIVENESS: Final = "liveness"
 """Health name that is SERVING from the first moment: the process lives, loaded or not."""
 
 _HEALTH: Final = "grpc.health.v1.Health"
-_CODES: Final = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class Service(Protocol):
@@ -48,6 +48,7 @@ class Service(Protocol):
 
 
 S = TypeVar("S", bound=ServiceSettings)
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
 def main(settings_class: type[S], make: Callable[[S], Service]) -> None:
@@ -81,7 +82,7 @@ async def run(settings: ServiceSettings, service: Service) -> None:
             ("grpc.so_reuseport", 0),
         ],
     )
-    health = health_aio.HealthServicer()
+    health = Health()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     service.register(server)
     reflection.enable_server_reflection((*service.names, _HEALTH, reflection.SERVICE_NAME), server)
@@ -112,13 +113,39 @@ async def run(settings: ServiceSettings, service: Service) -> None:
                 await health.set(name, health_pb2.HealthCheckResponse.SERVING)
             log.info("ready on %s", settings.listen)
             await waiting
+        starting.cancel()
         log.info("draining")
         for name in readiness:
             await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     finally:
+        health.dismiss_watchers()
         await server.stop(settings.drain_ms / 1000)
         await service.stop()
         log.info("stopped")
+
+
+class Health(health_aio.HealthServicer):  # type: ignore[misc]  # untyped upstream
+    """Standard health whose watchers can be sent away: their streams never end, and would hold up a drain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._dismissed = asyncio.Event()
+
+    def dismiss_watchers(self) -> None:
+        """Ends every Watch, now and from now on."""
+        self._dismissed.set()
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Any) -> None:  # noqa: N802
+        """Streams a status until the client leaves or the service does."""
+        tasks = {
+            asyncio.create_task(super().Watch(request, context)),
+            asyncio.create_task(self._dismissed.wait()),
+        }
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
 
 
 class RequestGate(grpc.aio.ServerInterceptor):
@@ -141,19 +168,24 @@ class RequestGate(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or not details.method.startswith("/hiprune."):
             return handler
+        # requests come in as bytes: one that cannot be parsed is refused like any other bad input
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream), handler.request_deserializer, handler.response_serializer
+                self._stream(handler.unary_stream, handler.request_deserializer),
+                response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            self._unary(handler.unary_unary, handler.request_deserializer),
+            response_serializer=handler.response_serializer,
         )
 
-    def _unary(self, behaviour: Callable[..., Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:
-        async def guarded(request: Message, context: grpc.aio.ServicerContext[Any, Any]) -> Message:
+    def _unary(
+        self, behaviour: Callable[..., Awaitable[Message]], parse: Callable[[bytes], Message]
+    ) -> Callable[..., Awaitable[Message]]:
+        async def guarded(request: bytes, context: Context) -> Message:
             try:
-                async with asyncio.timeout(self._begin(context)):
-                    return await behaviour(request, context)
+                async with self._request(context):
+                    return await behaviour(_parsed(request, parse), context)
             except Exception as error:
                 await _abort(context, error)
                 raise  # unreachable: abort raises
@@ -161,25 +193,25 @@ class RequestGate(grpc.aio.ServerInterceptor):
         return guarded
 
     def _stream(
-        self, behaviour: Callable[..., AsyncIterator[Message]]
-    ) -> Callable[..., AsyncIterator[Message]]:
-        async def guarded(
-            request: Message, context: grpc.aio.ServicerContext[Any, Any]
-        ) -> AsyncIterator[Message]:
-            stream = behaviour(request, context)
+        self, behaviour: Callable[..., AsyncGenerator[Message]], parse: Callable[[bytes], Message]
+    ) -> Callable[..., Awaitable[None]]:
+        # not a generator: one that waits for a slow client could neither be timed out nor closed in time
+        async def guarded(request: bytes, context: Context) -> None:
             try:
-                async with asyncio.timeout(self._begin(context)):
-                    async for message in stream:
-                        yield message
+                async with (
+                    self._request(context),
+                    aclosing(behaviour(_parsed(request, parse), context)) as messages,
+                ):
+                    async for message in messages:
+                        await context.write(message)
             except Exception as error:
                 await _abort(context, error)
-            finally:
-                await stream.aclose()  # type: ignore[attr-defined]  # an async generator: frees its slot now
 
         return guarded
 
-    def _begin(self, context: grpc.aio.ServicerContext[Any, Any]) -> float:
-        """Seconds that this request has. Raises Unavailable before the service is ready."""
+    @asynccontextmanager
+    async def _request(self, context: Context) -> AsyncIterator[None]:
+        """A request's deadline and trace. Raises Unavailable before the service is ready; Expired."""
         if not self._open:
             raise Unavailable("the service is starting", reason="NOT_READY", retry_after_s=1)
         left = context.time_remaining()
@@ -190,15 +222,28 @@ class RequestGate(grpc.aio.ServerInterceptor):
         telemetry.adopt(
             {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         )
-        return seconds
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                yield
+        except TimeoutError as error:
+            if not limit.expired():  # somebody else's: a socket's, a library's
+                raise
+            raise Expired("the deadline passed before the answer was ready") from error
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: Exception) -> None:
+def _parsed(request: bytes, parse: Callable[[bytes], Message]) -> Message:
+    """The request's message. Raises InvalidInput."""
+    try:
+        return parse(request)
+    except DecodeError as error:
+        raise InvalidInput(f"{len(request)} bytes that are no message of this method") from error
+
+
+async def _abort(context: Context, error: Exception) -> None:
     """Ends the request with the error's status; what was not foreseen goes to the log, not to the client."""
-    if isinstance(error, grpc.aio.AbortError):
-        raise error
-    if isinstance(error, TimeoutError):
-        error = Expired("the deadline passed before the answer was ready")
+    if isinstance(error, grpc.aio.AbortError | grpc.aio.InternalError):
+        raise error  # ended already; or the client left while an answer was being written
     if not isinstance(error, HipruneError):
         log.error("unforeseen error", exc_info=error)
         error = Internal("internal error; the service's log has the cause")
