@@ -37,16 +37,16 @@ MAX_MODULE_LINES = 450
 
 def _files() -> list[Path]:
     """Every file of the project: what .gitignore leaves, with or without git at hand."""
-    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text("utf-8").split()] + [".git"]
+    rules = [".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text("utf-8").split())]
+
+    def is_kept(name: str) -> bool:
+        return not any(fnmatch.fnmatch(name, rule) for rule in rules)
+
     found: list[Path] = []
     for folder, folders, names in os.walk(ROOT):
-        kept = [
-            [name for name in each if not any(fnmatch.fnmatch(name, rule) for rule in ignored)]
-            for each in (folders, names)
-        ]
-        folders[:] = kept[0]
-        found += [Path(folder) / name for name in kept[1]]
-    return sorted(found)
+        folders[:] = filter(is_kept, folders)
+        found += (Path(folder) / name for name in filter(is_kept, names))
+    return sorted(path for path in found if path.is_file())
 
 
 @cache
