@@ -9,12 +9,26 @@ import asyncio
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Final
 
+from hiprune.errors import InvalidInput
 from hiprune.telemetry import StageClock, stage
+from hiprune.v1 import encoder_service_pb2, media_pb2
 from services.encoder.batching import MicroBatcher
 from services.encoder.families import EncodedView, Prepared, Tower
 from services.encoder.images import ImageLimits, decode_image
 from services.encoder.settings import Settings
+
+DEFAULT_RATE: Final = 2.0
+"""Frames per second of a video that says nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One media item's views, and how they belong together."""
+
+    views: list[EncodedView]
+    layout: encoder_service_pb2.MediaLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,24 +58,40 @@ class VisionEngine:
         )
 
     async def encode(
-        self, data: bytes, layers: Collection[int], *, aligned: bool, clock: StageClock
-    ) -> list[EncodedView]:
-        """The views of one image file. Raises InvalidInput (`media.image`), Exhausted."""
+        self, media: media_pb2.Media, layers: Collection[int], *, aligned: bool, clock: StageClock
+    ) -> Encoded:
+        """The views of one image or video. Raises InvalidInput (`media.…`), Exhausted."""
         with stage("preprocess"):
             loop = asyncio.get_running_loop()
-            prepared = await loop.run_in_executor(self._decoders, self._prepare, data)
+            prepared = await loop.run_in_executor(self._decoders, self._prepare, media)
         outcome = await self._batcher.submit(_Job(prepared, frozenset(layers), aligned))
         clock.add("queue", outcome.queued_s)
         clock.add("vision", outcome.ran_s)
-        return outcome.result
+        return Encoded(outcome.result, prepared.layout)
 
     async def close(self) -> None:
         """Finishes what is queued."""
         await self._batcher.close()
         self._decoders.shutdown(wait=False)
 
-    def _prepare(self, data: bytes) -> Prepared:
-        return self._tower.prepare(decode_image(data, limits=self._limits, field="media.image"))
+    def _prepare(self, media: media_pb2.Media) -> Prepared:
+        """Decoded and resized. Blocks."""
+        if media.WhichOneof("content") == "image":
+            return self._tower.prepare(decode_image(media.image, limits=self._limits, field="media.image"))
+        video = media.video
+        frames = [
+            decode_image(frame, limits=self._limits, field=f"media.video.frames[{number}]")
+            for number, frame in enumerate(video.frames)
+        ]
+        for number, frame in enumerate(frames):
+            if frame.size != frames[0].size:
+                raise InvalidInput(
+                    f"{frame.width} × {frame.height} pixels, expected {frames[0].width} × {frames[0].height} "
+                    "as in the first frame",
+                    field=f"media.video.frames[{number}]",
+                )
+        rate = video.frames_per_second if video.HasField("frames_per_second") else DEFAULT_RATE
+        return self._tower.prepare_video(frames, rate)
 
     def _run(self, jobs: list[_Job]) -> list[list[EncodedView]]:
         """One forward, recording what any of the jobs wants; each gets its own layers and no more."""

@@ -41,9 +41,9 @@ class EncoderService:
             dtype=tensors.WIRE_DTYPES[self._dtype],
             hidden_size=facts.hidden_size,
             layers=facts.layers,
-            paired_digest=checkpoints.digest_of_all(self._paired) if self._paired else "",
+            paired_digest=checkpoints.text_digest(self._checkpoint, self._paired),
         )
-        self._servicer = EncoderServicer(self._checkpoint, self._fingerprint)
+        self._servicer = EncoderServicer(self._checkpoint, self._fingerprint, settings.max_frames)
         self._engine: VisionEngine | None = None
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -66,7 +66,7 @@ class EncoderService:
         tower = load_tower(self._checkpoint, self._paired, self._device, self._dtype)
         # the first forward picks kernels and allocates; better now than in somebody's request
         blank = tower.prepare(Image.new("RGB", (64, 64)))
-        tower.encode([blank], {facts.object_layer, facts.deep_layer}, [self._paired is not None])
+        tower.encode([blank], {facts.object_layer, facts.deep_layer}, [bool(self._fingerprint.paired_digest)])
         return tower
 
 

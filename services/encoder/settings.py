@@ -36,6 +36,7 @@ class Settings(ServiceSettings):
         50_000_000, ge=1, le=2**31 - 1, description="largest image, in pixels of its header"
     )
     max_image_side: int = Field(16_384, ge=1, le=2**31 - 1, description="longest side of an image, in pixels")
+    max_frames: int = Field(64, ge=1, le=4096, description="most frames of one video")
     max_batch_patches: int = Field(
         4 * 1024, ge=1, le=2**31 - 1, description="most patches in one forward; a larger image runs alone"
     )

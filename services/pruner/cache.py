@@ -44,7 +44,8 @@ class ModelIdentity:
     preprocessing_digest: str
     paired_digest: str
     """Of the paired text encoder, in whose space `aligned` is; empty without one."""
-    grid: tuple[int, int] | None
+    fixed_tokens: int | None
+    """Tokens of every image, where that is one number: see `Policy.canonical`."""
 
 
 class TenantKeys:
@@ -66,7 +67,7 @@ class TenantKeys:
         parts = [
             *self._image(media_digest),
             str(SELECTION_VERSION).encode(),
-            policy.canonical(self._model.grid),
+            policy.canonical(self._model.fixed_tokens),
         ]
         if policy.reads_text:
             parts.append(hashlib.sha256(question.encode()).digest())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from hiprune.errors import InvalidInput
 from hiprune.families import Facts
@@ -37,6 +37,7 @@ class Policy:
     buffer: BufferShape
     text_budget: TextBudget
     include_scores: bool
+    ratio_of: Literal["media", "view"] = "media"
 
     @property
     def reads_attention(self) -> bool:
@@ -48,42 +49,55 @@ class Policy:
         """Whether the method looks at the question."""
         return self.method == pb.METHOD_HIPRUNE_PLUS_PLUS
 
-    def keep_per_view(self, counts: Sequence[int]) -> list[int]:
-        """The budget K of each view, whose token counts are given; above its count where it was asked so.
+    def keep_per_view(self, counts: Sequence[int], prefix: int = 0) -> list[int]:
+        """The budget K of each view, whose token counts are given, padding left out.
 
-        A count is shared out evenly, `K // V` a view; a ratio holds for each view.
-        Raises InvalidInput (`policy.keep_count`) when a view would get less than one token.
+        A count is shared out evenly, `K // V` a view; so is a ratio, unless the family takes it of each view.
+        What asks for all tokens keeps them all. `prefix` of a view's tokens lie outside its grid, are always
+        kept, and count; at least one token of the grid is kept besides.
+        Raises InvalidInput (`policy.keep_count`) when a view would get less than that.
         """
+        total, views, least = sum(counts), len(counts), 1 + prefix
+        if self.method == pb.METHOD_NONE:
+            return list(counts)
+        if self.keep_ratio is not None and self.ratio_of == "view":
+            return [max(least, keep_of_ratio(self.keep_ratio, count)) for count in counts]
+        asked = self.requested(counts)
+        if asked >= total:
+            return list(counts)
         if self.keep_ratio is not None:
-            return [keep_of_ratio(self.keep_ratio, count) for count in counts]
-        count = self.keep_count or 0
-        if count < len(counts):
+            return [max(least, asked // views)] * views
+        if asked < least * views:
             raise InvalidInput(
-                f"{count} tokens for {len(counts)} views; expected at least 1 a view",
+                f"{asked} tokens for {views} views; expected at least {least} a view",
                 field="policy.keep_count",
             )
-        return [count // len(counts)] * len(counts)
+        return [asked // views] * views
 
     def requested(self, counts: Sequence[int]) -> int:
         """The budget in tokens over all views, as it was asked for."""
-        if self.method == pb.METHOD_NONE:
+        if self.keep_count is not None and self.method != pb.METHOD_NONE:
+            return self.keep_count
+        if self.keep_ratio is None or self.method == pb.METHOD_NONE:
             return sum(counts)
-        return self.keep_count if self.keep_count is not None else sum(self.keep_per_view(counts))
+        if self.ratio_of == "view":
+            return sum(keep_of_ratio(self.keep_ratio, count) for count in counts)
+        return keep_of_ratio(self.keep_ratio, sum(counts))
 
-    def canonical(self, grid: tuple[int, int] | None) -> bytes:
+    def canonical(self, tokens: int | None) -> bytes:
         """Bytes that are equal exactly for policies that choose alike: fields the method ignores are out.
 
-        With a fixed `grid` of one view a ratio becomes its count, so that 1/3 and 65 of 196 are one entry.
+        Where every media item has the same number of `tokens`, a ratio becomes its count, so that 1/3 and 65
+        of 196 are one entry.
         """
         fields: list[object] = [int(self.method), self.include_scores]
         if self.method != pb.METHOD_NONE:
-            count = self.keep_count
-            if grid is not None:
-                tokens = grid[0] * grid[1]
-                asked = keep_of_ratio(self.keep_ratio, tokens) if self.keep_ratio is not None else count
-                fields.append(["count", asked])
+            if tokens is not None:
+                fields.append(["count", self.requested([tokens])])
+            elif self.keep_count is not None:
+                fields.append(["count", self.keep_count])
             else:
-                fields.append(["count", count] if count is not None else ["ratio", repr(self.keep_ratio)])
+                fields.append(["ratio", repr(self.keep_ratio)])
         if self.reads_attention:
             fields += [repr(self.alpha), self.object_layer, self.deep_layer, int(self.buffer)]
         if self.reads_text:
@@ -110,10 +124,21 @@ class Policy:
 
 def resolve(message: pb.PrunePolicy, facts: Facts) -> Policy:
     """The policy for a family's own images. Raises InvalidInput naming `policy.…`."""
-    return resolve_layers(message, object_layer=facts.object_layer, deep_layer=facts.deep_layer)
+    return resolve_layers(
+        message,
+        object_layer=facts.object_layer,
+        deep_layer=facts.deep_layer,
+        ratio_of=facts.ratio_of,
+    )
 
 
-def resolve_layers(message: pb.PrunePolicy, *, object_layer: int, deep_layer: int) -> Policy:
+def resolve_layers(
+    message: pb.PrunePolicy,
+    *,
+    object_layer: int,
+    deep_layer: int,
+    ratio_of: Literal["media", "view"] = "view",
+) -> Policy:
     """The policy, given the default object layer and the deep layer. Raises InvalidInput (`policy.…`)."""
     method = _known(message.method, pb.Method.keys(), "policy.method") or pb.METHOD_HIPRUNE
     buffer = _known(message.buffer, pb.BufferShape.keys(), "policy.buffer") or pb.BUFFER_SHAPE_FLAT
@@ -143,6 +168,7 @@ def resolve_layers(message: pb.PrunePolicy, *, object_layer: int, deep_layer: in
         buffer=BufferShape(buffer),
         text_budget=TextBudget(text_budget),
         include_scores=message.include_scores,
+        ratio_of=ratio_of,
     )
 
 

@@ -20,7 +20,7 @@ from services.pruner.settings import Settings
 from services.pruner.stores import MemoryStore, NoStore, RedisStore, Store
 
 if TYPE_CHECKING:
-    from services.pruner.text import PairedTextEncoder
+    from services.pruner.text import TextEncoder
 
 log = logging.getLogger("hiprune.pruner")
 
@@ -47,7 +47,7 @@ class PrunerService:
             checkpoint.vision_digest,
             checkpoint.preprocessing_digest,
             text.digest if text else "",
-            checkpoint.facts.grid,
+            checkpoint.facts.fixed_tokens,
         )
         cache = TokenCache(
             open_store(settings),
@@ -67,16 +67,18 @@ class PrunerService:
             await self._channel.close()
 
 
-def _load(settings: Settings) -> tuple[Checkpoint, PairedTextEncoder | None]:
-    """The checkpoint's identity and the text encoder paired with it. Blocks. Raises CheckpointError."""
+def _load(settings: Settings) -> tuple[Checkpoint, TextEncoder | None]:
+    """The checkpoint's identity and what reads questions for it. Blocks. Raises CheckpointError."""
     # torch and transformers take seconds to import: here, while the port already answers health
     import torch
 
-    from services.pruner.text import PairedTextEncoder
+    from services.pruner.text import LanguageSpace, PairedTextEncoder
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
     checkpoint = checkpoints.open_checkpoint(settings.model)
+    if checkpoint.facts.text_keys is not None:
+        return checkpoint, LanguageSpace(checkpoint)
     paired = checkpoints.locate_paired(settings.paired_model, checkpoint)
     if paired is None:
         log.warning("no paired text encoder: HIPRUNE_PLUS_PLUS takes no question here")

@@ -22,6 +22,7 @@ from services.pruner.selection import Selection
 
 View = encoder_service_pb2.View
 Scores = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,22 @@ def check_views(views: Sequence[View], *, max_tokens: int) -> None:
             tensors.check(view.aligned, field=f"{field}.aligned", shape=(count, None))
         if view.HasField("prefix_features"):
             tensors.check(view.prefix_features, field=f"{field}.prefix_features", shape=(None, None))
+        if view.HasField("valid"):
+            _check_region(view, field)
+
+
+def _check_region(view: View, field: str) -> None:
+    """Refuses a valid region that is not inside its grid."""
+    region = view.valid
+    sides = (
+        ("top", region.top, view.grid_height),
+        ("left", region.left, view.grid_width),
+        ("height", region.height, view.grid_height - region.top),
+        ("width", region.width, view.grid_width - region.left),
+    )
+    for name, value, most in sides:
+        if not 0 <= value <= most:
+            raise InvalidInput(f"{value} is outside [0, {most}]", field=f"{field}.valid.{name}")
 
 
 def similarities(
@@ -93,17 +110,24 @@ def prune(views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: by
     Raises InvalidInput naming `views[i].attention` when the scores that the method reads are missing or
     unfit, and `policy.keep_count` when a view would keep nothing.
     """
-    counts = [view.grid_height * view.grid_width for view in views]
-    everything = policy.method == pruner_service_pb2.METHOD_NONE
-    budgets = counts if everything else policy.keep_per_view(counts)
+    masks = [_valid_mask(view) for view in views]
+    # tokens outside the grid are always kept, and count
+    prefix = max(view.prefix_features.shape[0] if view.HasField("prefix_features") else 0 for view in views)
+    counts = [
+        prefix + (int(mask.sum()) if mask is not None else view.grid_height * view.grid_width)
+        for view, mask in zip(views, masks, strict=True)
+    ]
+    budgets = policy.keep_per_view(counts, prefix)
     pruned = []
-    for number, (view, budget) in enumerate(zip(views, budgets, strict=True)):
+    for number, (view, mask, budget) in enumerate(zip(views, masks, budgets, strict=True)):
         similarity = guidance.similarities[number] if guidance.similarities is not None else None
         object_scores = deep_scores = None
         if policy.reads_attention or policy.include_scores:
             object_scores = _scores(view, policy.object_layer, number, required=policy.reads_attention)
             deep_scores = _scores(view, policy.deep_layer, number, required=policy.reads_attention)
-        kept = _select(policy, budget, view, number, object_scores, deep_scores, similarity, seed)
+        own_seed = hashlib.sha256(seed + number.to_bytes(4, "little")).digest()
+        scores = (object_scores, deep_scores, similarity)
+        kept = _select(policy, max(1, budget - prefix), view, mask, scores, own_seed)
         pruned.append(_pruned_view(view, kept))
         if policy.include_scores:
             _add_scores(pruned[-1].selection.scores, object_scores, deep_scores, similarity)
@@ -111,7 +135,7 @@ def prune(views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: by
         policy=policy.to_proto(),
         tokens_before=sum(counts),
         tokens_requested=policy.requested(counts),
-        tokens_kept=sum(len(view.selection.kept_indices) for view in pruned),
+        tokens_kept=sum(prefix + len(view.selection.kept_indices) for view in pruned),
         deep_layer=policy.deep_layer if policy.reads_attention else 0,
     )
     if policy.reads_text:
@@ -122,36 +146,45 @@ def prune(views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: by
 
 def _select(
     policy: Policy,
-    budget: int,
+    keep: int,
     view: View,
-    number: int,
-    object_scores: Scores | None,
-    deep_scores: Scores | None,
-    similarity: Scores | None,
+    valid: Mask | None,
+    scores: tuple[Scores | None, Scores | None, Scores | None],
     seed: bytes,
 ) -> Selection:
-    """The selection of one view by the policy's method."""
+    """`keep` tokens of one view's grid by the policy's method. `scores`: object, deep, similarity."""
     count = view.grid_height * view.grid_width
-    if object_scores is not None and deep_scores is not None and policy.reads_attention:
+    object_scores, deep_scores, similarity = scores
+    if policy.reads_attention and object_scores is not None and deep_scores is not None:
         return selection.hiprune_plus_plus(
             object_scores,
             deep_scores,
             similarity if policy.reads_text else None,
             width=view.grid_width,
-            keep=budget,
+            keep=keep,
             alpha=policy.alpha,
             beta=policy.beta,
             buffer=policy.buffer,
             text_budget=policy.text_budget,
+            valid=valid,
         )
     match policy.method:
         case pruner_service_pb2.METHOD_RANDOM:
-            own_seed = hashlib.sha256(seed + number.to_bytes(4, "little")).digest()
-            return selection.random_tokens(count, keep=budget, seed=own_seed)
+            return selection.random_tokens(count, keep=keep, seed=seed, valid=valid)
         case pruner_service_pb2.METHOD_STRIDED:
-            return selection.strided(count, keep=budget)
+            return selection.strided(count, keep=keep, valid=valid)
         case _:
-            return selection.everything(count)
+            return selection.everything(count, valid=valid)
+
+
+def _valid_mask(view: View) -> Mask | None:
+    """Which of a view's tokens are not padding, (N,); None: all of them."""
+    if not view.HasField("valid"):
+        return None
+    region = view.valid
+    mask = np.zeros((view.grid_height, view.grid_width), dtype=np.bool_)  # (H, W)
+    mask[region.top : region.top + region.height, region.left : region.left + region.width] = True
+    return mask.ravel()
 
 
 def _scores(view: View, layer: int, number: int, *, required: bool) -> Scores | None:
@@ -182,6 +215,7 @@ def _pruned_view(view: View, kept: Selection) -> pruner_service_pb2.PrunedView:
             grid_height=view.grid_height,
             grid_width=view.grid_width,
             frame=view.frame,
+            valid=view.valid if view.HasField("valid") else None,
         )
     )
     if view.HasField("features"):

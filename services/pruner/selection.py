@@ -107,10 +107,14 @@ def keep_of_ratio(ratio: float, n: int) -> int:
     return max(1, round(ratio * n))
 
 
-def everything(n: int) -> Selection:
-    """All `n` >= 1 tokens, of kind CONTROL: the unpruned baseline. Raises InvalidInput (`features`)."""
+def everything(n: int, *, valid: Mask | None = None) -> Selection:
+    """All valid ones of `n` >= 1 tokens, of kind CONTROL: the unpruned baseline.
+
+    Raises InvalidInput (`features`, `valid`).
+    """
     _check_count(n)
-    return _control(np.arange(n, dtype=np.int64))
+    is_open, _ = _budget(n, n, valid)
+    return _control(np.flatnonzero(is_open))
 
 
 def hiprune(

@@ -29,7 +29,7 @@ from services.pruner.flight import SingleFlight
 from services.pruner.policy import Policy
 from services.pruner.pruning import NO_QUESTION, Guidance, check_views, prune, similarities
 from services.pruner.settings import Settings
-from services.pruner.text import PairedTextEncoder
+from services.pruner.text import TextEncoder
 
 Encoded = encoder_service_pb2.EncodeImageResponse
 NO_TEXT_MODEL: Final = "this pruner has no paired text encoder, so a question cannot guide it"
@@ -39,7 +39,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
     """Prunes tokens and images."""
 
     _checkpoint: Checkpoint
-    _text: PairedTextEncoder | None
+    _text: TextEncoder | None
     _cache: TokenCache
     _encoder: encoder_service_pb2_grpc.EncoderServiceAsyncStub
 
@@ -52,7 +52,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
     def equip(
         self,
         checkpoint: Checkpoint,
-        text: PairedTextEncoder | None,
+        text: TextEncoder | None,
         cache: TokenCache,
         encoder: encoder_service_pb2_grpc.EncoderServiceAsyncStub,
     ) -> None:
@@ -138,10 +138,14 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         def work() -> pruner_service_pb2.PrunedMedia:
             guidance = NO_QUESTION
             if vector is not None and self._text is not None:
-                guidance = Guidance(similarities(encoded.views, vector), self._text.name)
+                space = self._checkpoint.facts.compares
+                guidance = Guidance(similarities(encoded.views, vector, space=space), self._text.name)
             pruned = prune(encoded.views, policy, guidance, seed=digest)
             return pruner_service_pb2.PrunedMedia(
-                views=pruned.views, summary=pruned.summary, vision_digest=self._checkpoint.vision_digest
+                views=pruned.views,
+                summary=pruned.summary,
+                vision_digest=self._checkpoint.vision_digest,
+                layout=encoded.layout,
             )
 
         with stage("select"):
@@ -154,7 +158,8 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         facts = self._checkpoint.facts
         # more than this policy reads, where an entry is kept: it then serves every later policy and question
         layers = {facts.object_layer, facts.deep_layer, policy.object_layer}
-        aligned = self._text is not None and (policy.reads_text or self._cache.store.name != "off")
+        keeps = policy.reads_text or self._cache.store.name != "off"
+        aligned = self._text is not None and facts.compares == "aligned" and keeps
         cached = await self._cache.get_encoded(keys, digest)
         if cached is not None:
             held = {entry.layer for entry in cached.views[0].attention}
@@ -195,7 +200,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             ("image preprocessing", theirs.preprocessing_digest, ours.preprocessing_digest),
         ]
         if request.aligned and self._text is not None:
-            pairs.append(("paired text encoder", theirs.paired_digest, self._text.digest))
+            pairs.append(("text model", theirs.paired_digest, self._text.digest))
         for what, their_digest, our_digest in pairs:
             if their_digest != our_digest:
                 raise Mismatch(
@@ -263,11 +268,12 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 f"{self._checkpoint.vision_digest[:12]!r}; send text_vector or similarity instead",
                 field="vision_digest",
             )
-        _require(request.views, "aligned")
+        space = self._checkpoint.facts.compares
+        _require(request.views, space)
         vector = await self._text_vector(question, policy)
         if vector is None or self._text is None:
             return NO_QUESTION
-        return Guidance(similarities(request.views, vector, field="question"), self._text.name)
+        return Guidance(similarities(request.views, vector, space=space, field="question"), self._text.name)
 
     def _check_question(self, question: str, policy: Policy) -> None:
         """Refuses a question that is too long, and one that nothing here can read."""

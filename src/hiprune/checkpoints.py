@@ -102,7 +102,7 @@ def locate_paired(setting: str, checkpoint: Checkpoint) -> Path | None:
     `setting` is a directory or hub id; "none"; or empty: a `clip` directory beside the model, else the
     family's own hub id. A paired model that was named must be there: raises CheckpointError.
     """
-    if setting == "none":
+    if setting == "none" or checkpoint.facts.text_keys is not None:
         return None
     if setting:
         return locate(setting)
@@ -191,6 +191,28 @@ def digest_of(tensors: Mapping[str, StoredTensor]) -> str:
 def digest_of_all(path: Path) -> str:
     """SHA-256 (hex) over every tensor of a directory: a paired text model's identity."""
     return digest_of({tensor.name: tensor for tensor in stored_tensors(path)})
+
+
+def text_digest(checkpoint: Checkpoint, paired: Path | None) -> str:
+    """Identity (SHA-256, hex) of what turns a question into a vector; empty when nothing does.
+
+    That is the paired CLIP in `paired`, or the language model's input embeddings where the family compares
+    in their space.
+    """
+    if checkpoint.facts.text_keys is not None:
+        return digest_of({"embeddings": text_embeddings(checkpoint)})
+    return digest_of_all(paired) if paired is not None else ""
+
+
+def text_embeddings(checkpoint: Checkpoint) -> StoredTensor:
+    """Where the language model's input embeddings (vocabulary, H) lie. Raises CheckpointError."""
+    keys = checkpoint.facts.text_keys
+    for tensor in stored_tensors(checkpoint.path):
+        if keys is not None and keys.fullmatch(tensor.name):
+            return tensor
+    raise CheckpointError(
+        f"{checkpoint.path}: no input embeddings (no key matches {keys.pattern if keys else None!r})"
+    )
 
 
 def require_complete(info: Mapping[str, Collection[Any]], *, part: str, path: Path) -> None:

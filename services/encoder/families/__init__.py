@@ -15,15 +15,18 @@ import torch
 from PIL import Image
 
 from hiprune.checkpoints import Checkpoint
+from hiprune.v1 import encoder_service_pb2
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One media item, ready for the tower, still on the CPU."""
 
-    pixels: torch.Tensor  # (V, 3, h, w) float32 for a fixed grid
+    pixels: torch.Tensor  # float32; (V, 3, h, w), or as the family packs its patches
     patches: int
     """What it costs: tokens that the tower will compute."""
+    layout: encoder_service_pb2.MediaLayout = field(default_factory=encoder_service_pb2.MediaLayout)
+    """What the language model needs to place the views."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,8 @@ class EncodedView:
     aligned: torch.Tensor | None = None  # (N, A) float16
     prefix: torch.Tensor | None = field(default=None)  # (P, D): tokens outside the grid
     frame: int = 0
+    valid: tuple[int, int, int, int] | None = None
+    """Top, left, height, width of the part that is not padding, in tokens; None: all of it."""
 
 
 class Tower(Protocol):
@@ -45,7 +50,10 @@ class Tower(Protocol):
     """Of the features."""
 
     def prepare(self, image: Image.Image) -> Prepared:
-        """Pixels for the tower. Called on several threads at once."""
+        """Pixels of an image for the tower. Called on several threads at once."""
+
+    def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
+        """Pixels of a video, all frames of one size. Called only where the family's facts take video."""
 
     def encode(
         self, items: Sequence[Prepared], layers: Collection[int], aligned: Sequence[bool]

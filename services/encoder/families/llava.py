@@ -11,6 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from hiprune.checkpoints import Checkpoint, image_processor_settings
+from hiprune.errors import Unsupported
 from hiprune.loading import load_part
 from services.encoder.aligned import AlignedProjection
 from services.encoder.attention import ScoreCapture
@@ -58,6 +59,10 @@ class ClipTower:
         pixels = self._processor(image, return_tensors="pt")["pixel_values"]
         height, width = self._grid
         return Prepared(pixels, height * width)
+
+    def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
+        """Never called: the family takes no video."""
+        raise Unsupported("the llava family takes images, not video")
 
     @torch.inference_mode()
     def encode(

@@ -11,7 +11,7 @@ import pkgutil
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 class UnsupportedModel(Exception):
@@ -36,7 +36,17 @@ class Facts:
     vision_keys: re.Pattern[str]
     """Matches the prefix of every vision tensor on disk, in all layouts; what is left is its normal name."""
     paired_text_model: str
-    """Hub id of the text encoder trained with the vision tower; empty when the family has none."""
+    """Hub id of the text encoder trained with the vision tower; empty when the family has none, and the
+    question is compared in the language model's input space instead."""
+    takes_video: bool = False
+    fixed_tokens: int | None = None
+    """Tokens of every media item, where that is one number."""
+    ratio_of: Literal["media", "view"] = "media"
+    """What a keep_ratio counts: a media item's tokens, shared out evenly over its views, or each view's."""
+    text_keys: re.Pattern[str] | None = None
+    """Matches the key of the language model's input embeddings, where questions are compared in its space."""
+    compares: Literal["aligned", "features"] = "aligned"
+    """What of a view is compared with the question: `aligned`, or `features` that are in its space."""
 
 
 def families() -> list[str]:

@@ -44,4 +44,5 @@ def facts(config: Mapping[str, Any]) -> Facts:
         grid=(side, side),
         vision_keys=VISION_KEYS,
         paired_text_model="openai/clip-vit-large-patch14-336",
+        fixed_tokens=side * side,
     )

@@ -68,6 +68,7 @@ class EncodeImageResponse(_message.Message):
     VIEWS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def views(self) -> _containers.RepeatedCompositeFieldContainer[Global___View]:
         """The views in the model's order; at least 1."""
@@ -80,20 +81,73 @@ class EncodeImageResponse(_message.Message):
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTiming]:
         """Time spent in each stage, in the order in which the stages ran."""
 
+    @_builtins.property
+    def layout(self) -> Global___MediaLayout:
+        """How the views make up the media, as far as the language model needs it to place their tokens."""
+
     def __init__(
         self,
         *,
         views: _abc.Iterable[Global___View] | None = ...,
         fingerprint: Global___ModelFingerprint | None = ...,
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
+        layout: Global___MediaLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "timings", b"timings", "views", b"views"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "layout", b"layout", "timings", b"timings", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EncodeImageResponse: _TypeAlias = EncodeImageResponse  # noqa: Y015
+
+@_typing.final
+class MediaLayout(_message.Message):
+    """How the views of one media item belong together."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIDEO_FIELD_NUMBER: _builtins.int
+    ORIGINAL_HEIGHT_FIELD_NUMBER: _builtins.int
+    ORIGINAL_WIDTH_FIELD_NUMBER: _builtins.int
+    TILE_ROWS_FIELD_NUMBER: _builtins.int
+    TILE_COLUMNS_FIELD_NUMBER: _builtins.int
+    SAMPLED_FRAMES_FIELD_NUMBER: _builtins.int
+    SECONDS_PER_SLICE_FIELD_NUMBER: _builtins.int
+    video: _builtins.bool
+    """The media is a video, its views frames or temporal slices; default false: an image."""
+    original_height: _builtins.int
+    """Height of the image before any resizing, EXIF orientation applied, in pixels; 0 where the family needs none."""
+    original_width: _builtins.int
+    """Width of the image before any resizing, EXIF orientation applied, in pixels; 0 where the family needs none."""
+    tile_rows: _builtins.int
+    """Rows of tiles behind the base view (view 0), tiles in raster order; 0 without tiles."""
+    tile_columns: _builtins.int
+    """Columns of tiles behind the base view; 0 without tiles."""
+    seconds_per_slice: _builtins.float
+    """Seconds of video that one temporal slice spans; above 0 for video of families that place slices in time, else 0."""
+    @_builtins.property
+    def sampled_frames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Which of the client's frames were used, from 0, in order; for video alone."""
+
+    def __init__(
+        self,
+        *,
+        video: _builtins.bool = ...,
+        original_height: _builtins.int = ...,
+        original_width: _builtins.int = ...,
+        tile_rows: _builtins.int = ...,
+        tile_columns: _builtins.int = ...,
+        sampled_frames: _abc.Iterable[_builtins.int] | None = ...,
+        seconds_per_slice: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["original_height", b"original_height", "original_width", b"original_width", "sampled_frames", b"sampled_frames", "seconds_per_slice", b"seconds_per_slice", "tile_columns", b"tile_columns", "tile_rows", b"tile_rows", "video", b"video"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MediaLayout: _TypeAlias = MediaLayout  # noqa: Y015
 
 @_typing.final
 class View(_message.Message):
@@ -108,6 +162,7 @@ class View(_message.Message):
     GRID_HEIGHT_FIELD_NUMBER: _builtins.int
     GRID_WIDTH_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
+    VALID_FIELD_NUMBER: _builtins.int
     grid_height: _builtins.int
     """Rows of the token grid, H; at least 1."""
     grid_width: _builtins.int
@@ -130,6 +185,10 @@ class View(_message.Message):
     def attention(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerAttention]:
         """One score vector a requested layer, in the order of the request."""
 
+    @_builtins.property
+    def valid(self) -> Global___ValidRegion:
+        """The part of the grid that shows the image; absent: all of it. Tokens outside are padding, never kept or counted."""
+
     def __init__(
         self,
         *,
@@ -140,14 +199,49 @@ class View(_message.Message):
         grid_height: _builtins.int = ...,
         grid_width: _builtins.int = ...,
         frame: _builtins.int = ...,
+        valid: Global___ValidRegion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["aligned", b"aligned", "features", b"features", "prefix_features", b"prefix_features"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["aligned", b"aligned", "features", b"features", "prefix_features", b"prefix_features", "valid", b"valid"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aligned", b"aligned", "attention", b"attention", "features", b"features", "frame", b"frame", "grid_height", b"grid_height", "grid_width", b"grid_width", "prefix_features", b"prefix_features"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aligned", b"aligned", "attention", b"attention", "features", b"features", "frame", b"frame", "grid_height", b"grid_height", "grid_width", b"grid_width", "prefix_features", b"prefix_features", "valid", b"valid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___View: _TypeAlias = View  # noqa: Y015
+
+@_typing.final
+class ValidRegion(_message.Message):
+    """A rectangle of a token grid, in tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOP_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
+    HEIGHT_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    top: _builtins.int
+    """First row; in [0, H]."""
+    left: _builtins.int
+    """First column; in [0, W]."""
+    height: _builtins.int
+    """Rows, in [0, H - top]; 0: the view is all padding."""
+    width: _builtins.int
+    """Columns, in [0, W - left]; 0: the view is all padding."""
+    def __init__(
+        self,
+        *,
+        top: _builtins.int = ...,
+        left: _builtins.int = ...,
+        height: _builtins.int = ...,
+        width: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["height", b"height", "left", b"left", "top", b"top", "width", b"width"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ValidRegion: _TypeAlias = ValidRegion  # noqa: Y015
 
 @_typing.final
 class LayerAttention(_message.Message):

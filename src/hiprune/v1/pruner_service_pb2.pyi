@@ -204,7 +204,7 @@ class PrunePolicy(_message.Message):
     method: Global___Method.ValueType
     """Default HIPRUNE."""
     keep_count: _builtins.int
-    """Upper bound of kept tokens for one image, over all its views: at least 1 for each view.
+    """Upper bound of kept tokens for one image, over all its views: at least 1 in each view's grid.
     A number at or above the image's tokens keeps all of them.
     """
     keep_ratio: _builtins.float
@@ -269,6 +269,7 @@ class Selection(_message.Message):
     GRID_WIDTH_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
+    VALID_FIELD_NUMBER: _builtins.int
     grid_height: _builtins.int
     """Rows of the token grid, H; at least 1."""
     grid_width: _builtins.int
@@ -277,7 +278,7 @@ class Selection(_message.Message):
     """Index of the frame or temporal slice within a video, from 0; 0 for an image."""
     @_builtins.property
     def kept_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Kept tokens' row-major indices in the grid, ascending, each in [0, N-1]; K of them."""
+        """Kept tokens' row-major indices in the grid, ascending, each in [0, N-1]; K of them, tokens outside the grid left out."""
 
     @_builtins.property
     def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___TokenKind.ValueType]:
@@ -286,6 +287,10 @@ class Selection(_message.Message):
     @_builtins.property
     def scores(self) -> Global___SelectionScores:
         """The scores of all N tokens; present when the policy asked for them."""
+
+    @_builtins.property
+    def valid(self) -> _encoder_service_pb2.ValidRegion:
+        """The part of the grid that shows the image; absent: all of it."""
 
     def __init__(
         self,
@@ -296,10 +301,11 @@ class Selection(_message.Message):
         grid_width: _builtins.int = ...,
         frame: _builtins.int = ...,
         scores: Global___SelectionScores | None = ...,
+        valid: _encoder_service_pb2.ValidRegion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["scores", b"scores"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scores", b"scores", "valid", b"valid"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "grid_height", b"grid_height", "grid_width", b"grid_width", "kept_indices", b"kept_indices", "kinds", b"kinds", "scores", b"scores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "grid_height", b"grid_height", "grid_width", b"grid_width", "kept_indices", b"kept_indices", "kinds", b"kinds", "scores", b"scores", "valid", b"valid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -355,11 +361,11 @@ class PruneSummary(_message.Message):
     TEXT_MODEL_FIELD_NUMBER: _builtins.int
     TEXT_NOTE_FIELD_NUMBER: _builtins.int
     tokens_before: _builtins.int
-    """Visual tokens before pruning."""
+    """Visual tokens before pruning, padding left out, tokens outside the grid counted."""
     tokens_requested: _builtins.int
     """The budget in tokens: what the policy asked for; above tokens_before when keep_count was."""
     tokens_kept: _builtins.int
-    """Visual tokens kept."""
+    """Visual tokens kept, tokens outside the grid counted."""
     deep_layer: _builtins.int
     """Encoder layer that supplied the deep scores, 1-based; 0 for a method that uses none."""
     text_model: _builtins.str
@@ -434,6 +440,7 @@ class PrunedMedia(_message.Message):
     VIEWS_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     VISION_DIGEST_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     vision_digest: _builtins.str
     """ModelFingerprint.vision_digest of the tower that made the features; GenerateText refuses another tower's."""
     @_builtins.property
@@ -444,16 +451,21 @@ class PrunedMedia(_message.Message):
     def summary(self) -> Global___PruneSummary:
         """What was asked for and what came of it."""
 
+    @_builtins.property
+    def layout(self) -> _encoder_service_pb2.MediaLayout:
+        """How the views make up the media, as the encoder gave it."""
+
     def __init__(
         self,
         *,
         views: _abc.Iterable[Global___PrunedView] | None = ...,
         summary: Global___PruneSummary | None = ...,
         vision_digest: _builtins.str = ...,
+        layout: _encoder_service_pb2.MediaLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary", "views", b"views", "vision_digest", b"vision_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "summary", b"summary", "views", b"views", "vision_digest", b"vision_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
