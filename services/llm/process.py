@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Final
 
 import grpc
+import torch
 
 from hiprune.checkpoints import CheckpointError, open_checkpoint
 from hiprune.errors import Unavailable
 from hiprune.v1 import llm_service_pb2_grpc
+from services.llm.chat import load_chat
+from services.llm.engines.transformers import TransformersEngine
+from services.llm.families import load_adapter
+from services.llm.flops import TextShape
 from services.llm.pipeline import LanguageModel
+from services.llm.placement import place
+from services.llm.prompts import Limits
 from services.llm.pruner import Pruner
 from services.llm.service import ImageQaServicer, LanguageModelServicer
 from services.llm.settings import Settings
+from services.llm.slots import Slots
 
 NAMES: Final = ("hiprune.v1.LanguageModelService", "hiprune.v1.ImageQaService")
 
@@ -71,21 +79,12 @@ def load(settings: Settings) -> LanguageModel:
 
     Raises CheckpointError, ConfigError.
     """
-    # transformers takes seconds to import: done here, in a thread, while the port already answers health
-    import torch
+    checkpoint = open_checkpoint(settings.model)
+    # seconds to import: done here, in a thread, while the port already answers health
     from transformers import AutoConfig
-
-    from services.llm.chat import load_chat
-    from services.llm.engines.transformers import TransformersEngine
-    from services.llm.families import load_adapter
-    from services.llm.flops import TextShape
-    from services.llm.placement import place
-    from services.llm.prompts import Limits
-    from services.llm.slots import Slots
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    checkpoint = open_checkpoint(settings.model)
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
     except (OSError, ValueError) as error:
