@@ -53,8 +53,13 @@ stream.on("end", () => client.close());
 
 // "hiprune++" and "METHOD_HIPRUNE_PLUS_PLUS" are the same method.
 function methodName(name) {
-  const upper = name.toUpperCase().replace("++", "_PLUS_PLUS");
-  return upper.startsWith("METHOD_") ? upper : `METHOD_${upper}`;
+  const upper = `METHOD_${name.toUpperCase().replace("METHOD_", "").replace("++", "_PLUS_PLUS")}`;
+  const known = hiprune.v1.Method.type.value.map((value) => value.name);
+  if (!known.includes(upper)) {
+    console.error(`method ${name}: expected one of ${known.join(", ")}`);
+    process.exit(2);
+  }
+  return upper;
 }
 
 // What was kept of one image, short enough for a line.
