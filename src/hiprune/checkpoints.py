@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 import os
 import re
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from hiprune.families import Facts, UnsupportedModel, facts_of
+
+log = logging.getLogger("hiprune.checkpoints")
 
 PREPROCESSING_VERSION: Final = "pil-1"
 """Names how pixels are prepared beyond the checkpoint's own settings; change it when that changes."""
@@ -54,8 +57,8 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What users call it: the directory's own name."""
-        return self.path.name
+        """What users call it: the directory's own name, or the hub id."""
+        return name_of(self.path)
 
 
 def open_checkpoint(model: str) -> Checkpoint:
@@ -68,6 +71,8 @@ def open_checkpoint(model: str) -> Checkpoint:
         raise CheckpointError(f"{path}: {error}") from error
     except KeyError as error:
         raise CheckpointError(f"{path}: config.json has no {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:  # a null, a word, a patch of no size
+        raise CheckpointError(f"{path}: config.json: {error}") from error
     vision = {
         facts.vision_keys.sub("", tensor.name, count=1): tensor
         for tensor in stored_tensors(path)
@@ -83,9 +88,11 @@ def open_checkpoint(model: str) -> Checkpoint:
 
 def locate(model: str) -> Path:
     """The directory of a model: itself, or the local snapshot of a hub id. Raises CheckpointError."""
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path.resolve()
+    folder = os.path.expanduser(
+        model
+    )  # os.path, unlike Path, takes anything: an unknown ~user, no name at all
+    if os.path.isdir(folder):
+        return Path(folder).resolve()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise CheckpointError(f"model {model!r}: not a directory, and not a hub id such as org/name")
     from huggingface_hub import snapshot_download
@@ -94,6 +101,13 @@ def locate(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=_FILES))
     except Exception as error:  # the hub client raises a dozen kinds, for network, access and names
         raise CheckpointError(f"model {model!r}: not a directory, and the hub gave {error}") from error
+
+
+def name_of(path: Path) -> str:
+    """A checkpoint's name: its directory's; of a snapshot from the hub the id, not the revision's hash."""
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return path.name
 
 
 def locate_paired(setting: str, checkpoint: Checkpoint) -> Path | None:
@@ -109,18 +123,23 @@ def locate_paired(setting: str, checkpoint: Checkpoint) -> Path | None:
     beside = checkpoint.path.parent / "clip"
     if (beside / "config.json").is_file():
         return beside
-    try:
-        return locate(checkpoint.facts.paired_text_model) if checkpoint.facts.paired_text_model else None
-    except CheckpointError:
+    if not checkpoint.facts.paired_text_model:
         return None
+    try:
+        path = locate(checkpoint.facts.paired_text_model)
+        next(stored_tensors(path))  # some hub ids hold pickled weights alone
+    except CheckpointError as error:
+        log.warning("the family's paired text model cannot be used: %s", error)
+        return None
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError when it is missing or is none."""
     try:
         content = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
@@ -129,15 +148,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def stored_tensors(path: Path) -> Iterator[StoredTensor]:
-    """Every tensor of a directory's safetensors files. Raises CheckpointError on a damaged file."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        files = [path / name for name in names]
+    """Every tensor of the files that transformers would load. Raises CheckpointError on a damaged file."""
+    whole, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if whole.is_file():
+        files = [whole]
+    elif index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"{index}: no weight_map of keys to files")
+        files = [path / name for name in sorted(set(shards.values()))]
     else:
-        files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path}: no *.safetensors file (pickled weights are not read)")
+        raise CheckpointError(
+            f"{path}: no model.safetensors and no {index.name} (pickled weights are not read)"
+        )
     for file in files:
         yield from _tensors_in(file)
 
@@ -150,27 +173,35 @@ def _tensors_in(path: Path) -> Iterator[StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
                 raise CheckpointError(f"{path}: truncated: {size} bytes, its header alone claims {length}")
-            header = json.loads(file.read(length))
+            header = dict(json.loads(file.read(length)))
+        header.pop("__metadata__", None)
+        tensors = [_stored(name, entry, path, base=8 + length) for name, entry in header.items()]
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
-    header.pop("__metadata__", None)
-    base = 8 + length
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        if base + end > size:
-            raise CheckpointError(f"{path}: truncated: {size} bytes, {name} ends at {base + end}")
-        yield StoredTensor(name, entry["dtype"], tuple(entry["shape"]), path, base + start, base + end)
+    for tensor in tensors:
+        if tensor.end > size:
+            raise CheckpointError(f"{path}: truncated: {size} bytes, {tensor.name} ends at {tensor.end}")
+    yield from tensors
+
+
+def _stored(name: str, entry: Mapping[str, Any], path: Path, *, base: int) -> StoredTensor:
+    """One entry of a header. Raises ValueError, TypeError or KeyError for what is none."""
+    start, end = (int(offset) for offset in entry["data_offsets"])
+    if not 0 <= start <= end:
+        raise ValueError(f"{name} ends before it starts")
+    shape = tuple(int(extent) for extent in entry["shape"])
+    return StoredTensor(name, str(entry["dtype"]), shape, path, base + start, base + end)
 
 
 def digest_of(tensors: Mapping[str, StoredTensor]) -> str:
     """SHA-256 (hex) over normal name, dtype, shape and bytes of every tensor, in the order of the names.
 
-    Hashing a large tower takes seconds, so the answer is remembered by the files' path, size and time.
+    Hashing a large tower takes seconds, so the answer is remembered by the files' path, size and times.
     """
     files = sorted({tensor.path for tensor in tensors.values()})
-    identity = [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    identity = [[str(file), *_stamp(file.stat())] for file in files]
     key = hashlib.sha256(json.dumps([identity, sorted(tensors)]).encode()).hexdigest()
     remembered = _remembered()
     if key in remembered:
@@ -248,6 +279,11 @@ def _preprocessing_digest(path: Path) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file does. Another model's file may share size and mtime: layers of images do."""
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
 def _mapped(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -261,18 +297,20 @@ def _memory_file() -> Path:
 def _remembered() -> dict[str, str]:
     try:
         content = json.loads(_memory_file().read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: an account without a home
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return {key: digest for key, digest in content.items() if isinstance(digest, str)}
 
 
 def _remember(key: str, digest: str) -> None:
-    # a read-only home costs a second at the next start and nothing else
-    file = _memory_file()
+    # a read-only home, or none, costs a second at the next start and nothing else
     try:
+        file = _memory_file()
         file.parent.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(f".{os.getpid()}")
         scratch.write_text(json.dumps(_remembered() | {key: digest}), "utf-8")
         scratch.replace(file)
-    except OSError:
+    except (OSError, RuntimeError):
         return
