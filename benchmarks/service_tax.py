@@ -28,6 +28,7 @@ from services.encoder.families import load_tower
 from services.encoder.images import ImageLimits, decode_image
 from services.llm import process as llm_process
 from services.llm.settings import Settings as LlmSettings
+from services.llm.visual import VisualTokens, VisualView
 from services.pruner import policy as policies
 from services.pruner import selection
 
@@ -69,10 +70,8 @@ class OneProcess:
                 text += event.text
         return text
 
-    def _see(self, image: bytes) -> Any:
+    def _see(self, image: bytes) -> VisualTokens:
         """The kept tokens of an image."""
-        from services.llm.visual import VisualTokens
-
         facts = self._checkpoint.facts
         item = self._tower.prepare(decode_image(image, limits=LIMITS, field="image"))
         layers = {facts.object_layer, facts.deep_layer}
@@ -86,7 +85,8 @@ class OneProcess:
             alpha=self._policy.alpha,
         )
         features = view.features[torch.from_numpy(kept.indices)]
-        return VisualTokens(features, len(view.features), "features")
+        kept_view = VisualView(features, torch.from_numpy(kept.indices), view.grid)
+        return VisualTokens((kept_view,), item.layout, "image")
 
 
 def stage_ms(timings: Iterable[encoder_service_pb2.StageTiming]) -> dict[str, float]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch.nn import functional
 
-from hiprune.checkpoints import CheckpointError, read_json, stored_tensors
+from hiprune.checkpoints import CheckpointError, read_json
+from hiprune.loading import read_tensors
 
 _NORM_WEIGHT = "vision_model.post_layernorm.weight"
 _NORM_BIAS = "vision_model.post_layernorm.bias"
@@ -24,13 +24,9 @@ class AlignedProjection:
 
     def __init__(self, path: Path, device: torch.device, channels: int) -> None:
         """Reads three tensors of a CLIP directory, for a tower of `channels` D. Raises CheckpointError."""
-        where = {tensor.name: tensor.path for tensor in stored_tensors(path)}
-        loaded = {}
-        for name in (_NORM_WEIGHT, _NORM_BIAS, _PROJECTION):
-            if name not in where:
-                raise CheckpointError(f"{path}: paired text encoder: missing key: {name}")
-            with safe_open(where[name], "pt") as file:
-                loaded[name] = file.get_tensor(name).to(device, torch.float32)
+        names = (_NORM_WEIGHT, _NORM_BIAS, _PROJECTION)
+        stored = read_tensors(path, {name: [name] for name in names}, part="paired text encoder")
+        loaded = {name: tensor.to(device, torch.float32) for name, tensor in stored.items()}
         self._weight, self._bias = loaded[_NORM_WEIGHT], loaded[_NORM_BIAS]  # (D,)
         self._projection = loaded[_PROJECTION]  # (A, D)
         self._epsilon = float(read_json(path / "config.json")["vision_config"].get("layer_norm_eps", 1e-5))

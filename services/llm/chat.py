@@ -19,14 +19,18 @@ _PROBE = "probe"
 class Chat:
     """Conversations to token ids. Safe to use from several threads."""
 
-    def __init__(self, tokenizer: Any, template: str, image_token_id: int) -> None:
+    def __init__(
+        self, tokenizer: Any, template: str, image_token_id: int, video_token_id: int | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         self._template = template
         self.backend: Tokenizer = tokenizer.backend_tokenizer
         """The tokenizer itself, for decoding."""
         self.image_token_id = image_token_id
+        self.video_token_id = video_token_id
+        placeholders = [each for each in (image_token_id, video_token_id) if each is not None]
         specials = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        specials |= {*tokenizer.all_special_tokens, tokenizer.convert_ids_to_tokens(image_token_id)}
+        specials |= {*tokenizer.all_special_tokens, *tokenizer.convert_ids_to_tokens(placeholders)}
         self.reserved: tuple[str, ...] = tuple(sorted(filter(None, specials)))
         """Strings that a person's text must not contain: they would be read as the template's own."""
         self._reserved_ids = {tokenizer.convert_tokens_to_ids(token) for token in self.reserved} - {
@@ -43,7 +47,7 @@ class Chat:
         return text
 
     def encode(self, rendered: str) -> list[int]:
-        """Token ids of a rendered conversation, with one image token for each image."""
+        """Token ids of a rendered conversation, with one placeholder token for each media item."""
         begun = self._tokenizer.bos_token is not None and rendered.startswith(self._tokenizer.bos_token)
         ids: list[int] = self.backend.encode(rendered, add_special_tokens=not begun).ids
         return ids
@@ -76,7 +80,7 @@ class Chat:
         return _PROBE in system and "'type'" not in system and system not in shown.values()
 
 
-def load_chat(path: Path, image_token_id: int) -> Chat:
+def load_chat(path: Path, image_token_id: int, video_token_id: int | None = None) -> Chat:
     """The chat of a checkpoint's directory. Raises CheckpointError."""
     from transformers import AutoTokenizer
 
@@ -89,7 +93,7 @@ def load_chat(path: Path, image_token_id: int) -> Chat:
     template = _template_of(path) or tokenizer.chat_template
     if not isinstance(template, str):
         raise CheckpointError(f"{path}: no chat template (chat_template.jinja), expected one")
-    return Chat(tokenizer, template, image_token_id)
+    return Chat(tokenizer, template, image_token_id, video_token_id)
 
 
 def _template_of(path: Path) -> str:

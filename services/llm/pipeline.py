@@ -70,22 +70,16 @@ class LanguageModel:
         if model not in {"", self.name}:
             raise NotFound(f"is {model!r}, this service has {self.name!r}", field="model")
         drawn = read_sampling(sampling, max_new_tokens=self.max_new_tokens)
-        prompt = read_prompt(
-            messages, self.chat, self.limits, media=media, takes_video=self.adapter.takes_video
-        )
+        prompt = read_prompt(messages, self.chat, self.limits, media=media)
         # an image leaves at least one token, so a text that is too long by itself needs no encoder to say so
         self._check_length(len(prompt.token_ids))
         return Request(prompt, drawn)
 
     def read_pruned(self, media: pruner_service_pb2.PrunedMedia, field: str) -> VisualTokens:
         """Kept tokens for this model. Raises Mismatch, InvalidInput."""
-        return read_pruned(
-            media,
-            self.checkpoint.facts,
-            self.checkpoint.vision_digest,
-            field=field,
-            views=self.adapter.views,
-        )
+        tokens = read_pruned(media, self.checkpoint.facts, self.checkpoint.vision_digest, field=field)
+        self.adapter.check(tokens)
+        return tokens
 
     async def answer(
         self, request: Request, media: Sequence[VisualTokens], clock: telemetry.StageClock
@@ -136,14 +130,14 @@ class LanguageModel:
         """The prompt as the language model sees it. Blocks."""
         rows = []
         for each in media:
-            projected = self.adapter.project(each.features)  # (K, H)
+            projected = self.adapter.project(each)  # (R, H)
             if not bool(torch.isfinite(projected).all()):
                 raise InvalidInput(
                     f"do not stay finite in the model's {projected.dtype}: are they this tower's?",
-                    field=each.field,
+                    field=f"{each.field}.views[0].features",
                 )
             rows.append(projected)
-        return self.adapter.splice(prompt.token_ids, self.engine.embed(prompt.token_ids), rows)
+        return self.adapter.splice(prompt.token_ids, self.engine.embed(prompt.token_ids), rows, media)
 
     def _check_length(self, tokens: int) -> None:
         """Refuses a prompt that leaves no room for one token of answer."""

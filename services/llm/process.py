@@ -89,20 +89,15 @@ def load(settings: Settings) -> LanguageModel:
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path}: config.json: {error}") from error
-    text_config = config.text_config
-    # where stock ties the output to the input embeddings, which the family's own config decides, so does this
-    text_config.tie_word_embeddings = config.tie_word_embeddings
     placement = place(settings.device, settings.dtype, config.dtype)
     adapter = load_adapter(checkpoint, config, placement)
     return LanguageModel(
         name=settings.model_name or _name(settings.model, checkpoint.name),
         checkpoint=checkpoint,
-        chat=load_chat(checkpoint.path, int(config.image_token_id)),
+        chat=load_chat(checkpoint.path, adapter.image_token_id, adapter.video_token_id),
         adapter=adapter,
-        engine=TransformersEngine(
-            checkpoint.path, text_config, adapter.language_keys, placement, settings.max_concurrency
-        ),
-        shape=TextShape.of(text_config),
+        engine=TransformersEngine(checkpoint.path, adapter.language, placement, settings.max_concurrency),
+        shape=TextShape.of(config.get_text_config()),
         limits=Limits(settings.max_messages, settings.max_media, settings.max_text_chars),
         max_new_tokens=settings.max_new_tokens,
         slots=Slots(settings.max_concurrency, settings.max_queue),

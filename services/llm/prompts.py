@@ -61,14 +61,13 @@ def read_prompt(
     limits: Limits,
     *,
     media: Literal["media", "pruned_media"],
-    takes_video: bool = False,
 ) -> Prompt:
     """The prompt of a request in which media come as `media` says: raw, or pruned before.
 
     Raises InvalidInput, or Unsupported for a video, naming the field, the value and the bound.
     """
     _check_turns(messages, chat, limits)
-    _check_parts(messages, limits, media, takes_video)
+    _check_parts(messages, limits, media, chat.video_token_id is not None)
     for index, message in enumerate(messages):
         _check_reserved(index, message, chat)
     try:
@@ -77,9 +76,11 @@ def read_prompt(
         raise InvalidInput(f"the model's chat template refuses them: {error}", field="messages") from error
     token_ids = chat.encode(rendered)
     items = _media_items(messages)
-    if token_ids.count(chat.image_token_id) != len(items):
+    kinds = {chat.image_token_id: False, chat.video_token_id: True}
+    placeholders = [kinds[token] for token in token_ids if token in kinds]
+    if placeholders != [_is_video(item.part) for item in items]:
         raise InvalidInput(
-            f"have {len(items)} media but {token_ids.count(chat.image_token_id)} image tokens once in the "
+            f"have {len(items)} media but {len(placeholders)} placeholders, or others, once in the "
             "model's chat template",
             reason="RESERVED_TOKEN",
             field="messages",
@@ -202,8 +203,14 @@ def _turn(message: llm_service_pb2.Message) -> dict[str, Any]:
         if part.WhichOneof("content") == "text":
             content.append({"type": "text", "text": part.text})
         else:
-            content.append({"type": "image"})
+            content.append({"type": "video" if _is_video(part) else "image"})
     return {"role": _ROLES[message.role], "content": content}
+
+
+def _is_video(part: llm_service_pb2.Part) -> bool:
+    if part.WhichOneof("content") == "pruned_media":
+        return part.pruned_media.layout.video
+    return part.media.WhichOneof("content") == "video"
 
 
 def _media_items(messages: Sequence[llm_service_pb2.Message]) -> tuple[MediaItem, ...]:

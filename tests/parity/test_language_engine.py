@@ -21,13 +21,14 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 from hiprune import telemetry
 from hiprune.checkpoints import CheckpointError
 from hiprune.config import EMBEDDED_MODEL
+from hiprune.v1 import encoder_service_pb2
 from hiprune.v1 import llm_service_pb2 as pb
 from services.llm.engines.transformers import SeededSampler
 from services.llm.pipeline import LanguageModel, Request
 from services.llm.process import load
 from services.llm.sampling import Sampling
 from services.llm.settings import Settings
-from services.llm.visual import VisualTokens
+from services.llm.visual import VisualTokens, VisualView
 from tests.stacks import SAMPLES, questions
 from tests.tiny import LAYOUTS, make_llava
 
@@ -122,8 +123,11 @@ def asked(model: LanguageModel, turns, sampling=GREEDY) -> Request:
     return Request(request.prompt, sampling)
 
 
-def visual(features: torch.Tensor, before: int | None = None) -> VisualTokens:
-    return VisualTokens(features, before or len(features), "features")
+def visual(features: torch.Tensor) -> VisualTokens:
+    """One view of a single row, all of it kept."""
+    kept = torch.arange(len(features))
+    view = VisualView(features, kept, (1, len(features)))
+    return VisualTokens((view,), encoder_service_pb2.MediaLayout(), "media")
 
 
 async def completion(model, turns, features, sampling) -> pb.Completion:
@@ -225,8 +229,12 @@ def test_the_projection_of_kept_tokens_is_the_kept_part_of_the_projection(tiny, 
     with torch.no_grad():
         whole = stock_of(tiny_path).model.model.multi_modal_projector(features[None])[0]
     kept = torch.tensor([1, 5, 40])
-    torch.testing.assert_close(tiny.adapter.project(features[kept]), whole[kept], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(tiny.adapter.project(features.to(torch.bfloat16)), whole, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(
+        tiny.adapter.project(visual(features[kept])), whole[kept], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(
+        tiny.adapter.project(visual(features.to(torch.bfloat16))), whole, rtol=0.05, atol=0.05
+    )
 
 
 # what is loaded
@@ -291,7 +299,7 @@ async def test_the_dtype_is_the_one_that_is_set(tiny_path):
     model = await started(tiny_path, dtype="bfloat16")
     assert {each.dtype for each in model.engine._model.parameters()} == {torch.bfloat16}
     features = stock_of(tiny_path).features(noise(0, 64))
-    assert model.adapter.project(features).dtype == torch.bfloat16
+    assert model.adapter.project(visual(features)).dtype == torch.bfloat16
     assert await answer(model, [user("", "what is this ?")], [features])
     await model.engine.stop()
 

@@ -34,7 +34,7 @@ from hiprune.v1 import llm_service_pb2 as pb
 from hiprune.v1 import llm_service_pb2_grpc, pruner_service_pb2_grpc
 from hiprune.v1 import pruner_service_pb2 as pruner_pb
 from hiprune.v1.media_pb2 import Media, Video
-from hiprune.v1.tensor_pb2 import DATA_TYPE_I32, Tensor
+from hiprune.v1.tensor_pb2 import DATA_TYPE_I32
 from services.llm.process import LlmService
 from services.llm.settings import Settings
 from tests.tiny import make_llava
@@ -342,7 +342,7 @@ BROKEN_MEDIA = {
         "vision_digest",
     ),
     "no views": (lambda media: media.ClearField("views"), InvalidInput, "INVALID_FIELD", "views"),
-    "two views": (lambda media: media.views.add(), InvalidInput, "INVALID_FIELD", "views"),
+    "two views": (lambda media: media.views.append(media.views[0]), InvalidInput, "INVALID_FIELD", "views"),
     "no features": (
         with_view(lambda view: view.ClearField("features")),
         InvalidInput,
@@ -388,7 +388,7 @@ BROKEN_MEDIA = {
         f"{VIEW}.features",
     ),
     "a token outside the grid": (
-        with_view(lambda view: view.prefix_features.CopyFrom(Tensor(shape=[1, CHANNELS]))),
+        with_view(lambda view: view.prefix_features.CopyFrom(tensors.to_proto(torch.zeros(1, CHANNELS)))),
         InvalidInput,
         "INVALID_FIELD",
         f"{VIEW}.prefix_features",

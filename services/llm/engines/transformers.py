@@ -12,7 +12,7 @@ import contextvars
 import copy
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +22,7 @@ import torch
 
 from hiprune.loading import load_part
 from hiprune.telemetry import stage
+from services.llm.families import LanguagePart
 from services.llm.placement import Placement
 from services.llm.sampling import Sampling
 
@@ -39,20 +40,18 @@ class TransformersEngine:
     def __init__(
         self,
         path: Path,
-        text_config: Any,
-        key_mapping: Mapping[str, str],
+        language: LanguagePart,
         placement: Placement,
         max_concurrency: int,
     ) -> None:
         self._path = path
-        self._config = text_config
-        self._key_mapping = dict(key_mapping)
+        self._language = language
         self._placement = placement
         self._pool = ThreadPoolExecutor(max_concurrency, thread_name_prefix="generate")
         self._running: set[threading.Event] = set()
         self._model: Any = None
         self._generation_config: Any = None
-        self.context_length = int(text_config.max_position_embeddings)
+        self.context_length = int(language.config.get_text_config().max_position_embeddings)
         self.end_tokens: frozenset[int] = frozenset()
 
     async def start(self) -> None:
@@ -135,14 +134,12 @@ class TransformersEngine:
             )
 
     def _load(self) -> None:
-        from transformers import AutoModelForCausalLM
-
         model = load_part(
-            AutoModelForCausalLM,
+            self._language.model_class,
             self._path,
             part="language model",
-            config=self._config,
-            key_mapping=self._key_mapping,
+            config=self._language.config,
+            key_mapping=dict(self._language.key_mapping),
             dtype=self._placement.dtype,
         )
         self._model = model.to(self._placement.device)

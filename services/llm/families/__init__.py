@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 
 from hiprune.checkpoints import Checkpoint, CheckpointError
 from services.llm.placement import Placement
+from services.llm.visual import VisualTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,22 +26,64 @@ class SplicedPrompt:
     """Rows among them that stand for media."""
 
 
+@dataclass(frozen=True, slots=True)
+class LanguagePart:
+    """Which transformers class holds the language model, and how its weights are found on disk."""
+
+    model_class: Any
+    config: Any
+    key_mapping: Mapping[str, str]
+    """Patterns of keys on disk and what stands in their place in `model_class`."""
+
+
 class Adapter(Protocol):
     """How one family's visual tokens enter its language model."""
 
-    language_keys: Mapping[str, str]
-    """Patterns of the language model's keys on disk and what stands in their place in its own class."""
-    views: int
-    """Views of one media item."""
-    takes_video: bool
+    language: LanguagePart
+    image_token_id: int
+    video_token_id: int | None
+    """What stands for a video in a prompt; None where the family takes none."""
 
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        """One media item's kept tokens, (K, D) in any float dtype, in the model's space, (K, H)."""
+    def check(self, media: VisualTokens) -> None:
+        """Refuses views or a layout that this family's media cannot have. Raises InvalidInput."""
+
+    def project(self, media: VisualTokens) -> torch.Tensor:
+        """One media item's rows in the model's space, (R, H), in the order in which they enter the prompt.
+
+        Of that item alone, so that its bits do not depend on its neighbours.
+        """
 
     def splice(
-        self, token_ids: Sequence[int], embeddings: torch.Tensor, media: Sequence[torch.Tensor]
+        self,
+        token_ids: Sequence[int],
+        embeddings: torch.Tensor,
+        rows: Sequence[torch.Tensor],
+        media: Sequence[VisualTokens],
     ) -> SplicedPrompt:
-        """The prompt of `token_ids`, whose `embeddings` are (T, H), with (K, H) rows for each image token."""
+        """The prompt of `token_ids` and their `embeddings` (T, H), each placeholder replaced by its rows."""
+
+
+def splice_rows(
+    token_ids: Sequence[int],
+    embeddings: torch.Tensor,
+    rows: Sequence[torch.Tensor],
+    placeholders: Collection[int],
+) -> SplicedPrompt:
+    """Each placeholder gives way to its rows (R, H); positions count on over them, from 0 to S-1."""
+    pieces: list[torch.Tensor] = []
+    waiting = iter(rows)
+    start = 0
+    for index, token_id in enumerate(token_ids):
+        if token_id in placeholders:
+            pieces += [embeddings[start:index], next(waiting)]
+            start = index + 1
+    pieces.append(embeddings[start:])
+    spliced = torch.cat(pieces)  # (S, H)
+    return SplicedPrompt(
+        embeddings=spliced,
+        positions=torch.arange(len(spliced), device=spliced.device),
+        visual_tokens=sum(len(each) for each in rows),
+    )
 
 
 def load_adapter(checkpoint: Checkpoint, config: Any, placement: Placement) -> Adapter:

@@ -7,10 +7,12 @@ from typing import Any, Final
 
 import torch
 
-from hiprune.checkpoints import Checkpoint, CheckpointError
-from services.llm.families import SplicedPrompt
+from hiprune.checkpoints import Checkpoint
+from hiprune.errors import InvalidInput
+from hiprune.loading import load_module
+from services.llm.families import LanguagePart, SplicedPrompt, splice_rows
 from services.llm.placement import Placement
-from services.llm.weights import read_tensors
+from services.llm.visual import VisualTokens
 
 # the three layouts in which checkpoints of this family are stored
 LANGUAGE_KEYS: Final[Mapping[str, str]] = {
@@ -18,66 +20,74 @@ LANGUAGE_KEYS: Final[Mapping[str, str]] = {
     r"^language_model\.lm_head": "lm_head",
     r"^model\.language_model\.": "model.",
 }
-_PROJECTOR_PREFIXES: Final = ("multi_modal_projector.", "model.multi_modal_projector.")
+PROJECTOR_PREFIXES: Final = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 
 class LlavaAdapter:
     """The projector and the splice rule. Holds the projector's weights and no others."""
 
-    language_keys = LANGUAGE_KEYS
-    views = 1
-    takes_video = False
+    video_token_id = None
 
-    def __init__(self, projector: torch.nn.Module, image_token_id: int, placement: Placement) -> None:
+    def __init__(
+        self,
+        projector: torch.nn.Module,
+        language: LanguagePart,
+        image_token_id: int,
+        placement: Placement,
+    ) -> None:
+        self.language = language
+        self.image_token_id = image_token_id
         self._projector = projector
-        self._image_token_id = image_token_id
         self._placement = placement
 
+    def check(self, media: VisualTokens) -> None:
+        """One view an image, no token outside its grid."""
+        if len(media.views) != 1:
+            raise InvalidInput(f"has {len(media.views)} views, expected 1", field=f"{media.field}.views")
+        if media.views[0].prefix is not None:
+            raise InvalidInput(
+                "is set, but the llava family keeps no token outside the grid",
+                field=f"{media.field}.views[0].prefix_features",
+            )
+
     @torch.no_grad()
-    def project(self, features: torch.Tensor) -> torch.Tensor:
-        """(K, D) to (K, H). One media item alone, so that no answer depends on its neighbours' sizes."""
-        placed = features.to(self._placement.device, self._placement.dtype)
-        projected: torch.Tensor = self._projector(placed[None])[0]
+    def project(self, media: VisualTokens) -> torch.Tensor:
+        """(K, D) to (K, H)."""
+        features = media.views[0].features.to(self._placement.device, self._placement.dtype)
+        projected: torch.Tensor = self._projector(features[None])[0]
         return projected
 
     def splice(
-        self, token_ids: Sequence[int], embeddings: torch.Tensor, media: Sequence[torch.Tensor]
+        self,
+        token_ids: Sequence[int],
+        embeddings: torch.Tensor,
+        rows: Sequence[torch.Tensor],
+        media: Sequence[VisualTokens],
     ) -> SplicedPrompt:
-        """Each image token gives way to its rows; positions count on over them, from 0 to S-1."""
-        pieces: list[torch.Tensor] = []
-        rows = iter(media)
-        start = 0
-        for index, token_id in enumerate(token_ids):
-            if token_id == self._image_token_id:
-                pieces += [embeddings[start:index], next(rows)]
-                start = index + 1
-        pieces.append(embeddings[start:])
-        spliced = torch.cat(pieces)  # (S, H)
-        return SplicedPrompt(
-            embeddings=spliced,
-            positions=torch.arange(len(spliced), device=spliced.device),
-            visual_tokens=sum(len(each) for each in media),
-        )
+        """One row for each kept token where the image token stood."""
+        return splice_rows(token_ids, embeddings, rows, {self.image_token_id})
 
 
 def load(checkpoint: Checkpoint, config: Any, placement: Placement) -> LlavaAdapter:
     """The adapter with its projector. `config` is the checkpoint's LlavaConfig. Raises CheckpointError."""
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-    with torch.device("meta"):
-        projector: torch.nn.Module = LlavaMultiModalProjector(config)
-    expected = projector.state_dict()
-    stored = read_tensors(
+    projector = load_module(
+        lambda: LlavaMultiModalProjector(config),
         checkpoint.path,
-        {name: [prefix + name for prefix in _PROJECTOR_PREFIXES] for name in expected},
+        PROJECTOR_PREFIXES,
         part="projector",
+        device=placement.device,
+        dtype=placement.dtype,
     )
-    for name, tensor in stored.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{checkpoint.path}: projector: {name} has shape {tuple(tensor.shape)}, "
-                f"config.json says {tuple(expected[name].shape)}"
-            )
-    placed = {name: tensor.to(placement.device, placement.dtype) for name, tensor in stored.items()}
-    projector.load_state_dict(placed, assign=True)
-    return LlavaAdapter(projector.eval().requires_grad_(False), int(config.image_token_id), placement)
+    return LlavaAdapter(projector, language_part(config), int(config.image_token_id), placement)
+
+
+def language_part(config: Any) -> LanguagePart:
+    """The language model of a checkpoint whose text part is a causal model of its own class."""
+    from transformers import AutoModelForCausalLM
+
+    text_config = config.text_config
+    # where stock ties the output to the input embeddings, which the family's own config decides, so does this
+    text_config.tie_word_embeddings = config.tie_word_embeddings
+    return LanguagePart(AutoModelForCausalLM, text_config, LANGUAGE_KEYS)
