@@ -21,7 +21,7 @@ CLOSE: Final = "<!-- /settings -->"
 
 
 def readmes() -> list[tuple[Path, type[ServiceSettings]]]:
-    """Each service's README, there or not, with its settings class."""
+    """Each service's README with its settings class."""
     found: list[tuple[Path, type[ServiceSettings]]] = []
     for path in sorted((ROOT / "services").glob("*/settings.py")):
         module = importlib.import_module(f"services.{path.parent.name}.settings")
@@ -86,10 +86,9 @@ def _range(field: FieldInfo) -> str:
 
 
 def main() -> None:
-    """Rewrites every README that is there."""
+    """Rewrites every README."""
     for path, settings in readmes():
-        if path.is_file():
-            path.write_text(refreshed(path.read_text("utf-8"), settings), "utf-8")
+        path.write_text(refreshed(path.read_text("utf-8"), settings), "utf-8")
 
 
 if __name__ == "__main__":
