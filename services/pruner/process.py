@@ -13,6 +13,7 @@ import grpc
 from hiprune import checkpoints
 from hiprune.checkpoints import Checkpoint
 from hiprune.client import connect
+from hiprune.config import ConfigError
 from hiprune.v1 import encoder_service_pb2_grpc, pruner_service_pb2_grpc
 from services.pruner.cache import ModelIdentity, TokenCache
 from services.pruner.service import PrunerServicer
@@ -89,14 +90,20 @@ def _load(settings: Settings) -> tuple[Checkpoint, TextEncoder | None]:
 
 
 def open_store(settings: Settings) -> Store:
-    """The store that the settings name."""
+    """The store that the settings name. Raises ConfigError."""
     match settings.cache:
         case "redis":
-            return RedisStore(
-                settings.redis_url.get_secret_value(),
-                ttl_s=settings.cache_ttl_s,
-                timeout_s=settings.cache_timeout_ms / 1000,
-            )
+            try:
+                return RedisStore(
+                    settings.redis_url.get_secret_value(),
+                    ttl_s=settings.cache_ttl_s,
+                    timeout_s=settings.cache_timeout_ms / 1000,
+                )
+            except (ValueError, TypeError):
+                raise ConfigError(
+                    "redis_url (--redis-url, HIPRUNE_PRUNER_REDIS_URL): got a secret, expected redis://, "
+                    "rediss:// or unix:// with options that Redis clients know"
+                ) from None  # the cause holds parts of the URL, and so of its password
         case "memory":
             return MemoryStore(settings.cache_bytes, settings.cache_ttl_s)
         case _:

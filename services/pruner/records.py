@@ -49,7 +49,6 @@ def unpack(value: bytes, kind: type[M], *, key: bytes, secret: bytes) -> M:
 
 
 def _checksum(body: bytes | memoryview, key: bytes, secret: bytes) -> bytes:
-    # the key's length is fixed per tenant, so key and body cannot be cut differently
-    digest = hashlib.blake2b(key, digest_size=_CHECKSUM_BYTES, key=secret)
+    digest = hashlib.blake2b(len(key).to_bytes(8, "little") + key, digest_size=_CHECKSUM_BYTES, key=secret)
     digest.update(body)
     return digest.digest()

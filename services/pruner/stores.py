@@ -15,7 +15,7 @@ from cachetools import TTLCache
 from redis import asyncio as redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 log = logging.getLogger("hiprune.pruner.stores")
 
@@ -94,54 +94,78 @@ class RedisStore:
 
     FAILURES_TO_OPEN: Final = 3
     OPEN_S: Final = 2.0
+    WARN_EVERY_S: Final = 60.0
+    MAX_CONNECTIONS: Final = 16
 
     def __init__(self, url: str, *, ttl_s: int, timeout_s: float) -> None:
-        self._redis = redis.Redis.from_url(
+        """Connects when first used. Raises ValueError or TypeError for a URL that is none."""
+        # blocking: a rush of requests waits for a connection, inside its budget, and is no failure of Redis
+        pool = redis.BlockingConnectionPool.from_url(
             url,
+            max_connections=self.MAX_CONNECTIONS,
+            timeout=timeout_s,
             socket_connect_timeout=timeout_s,
             socket_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),  # a retry would spend the budget twice; the breaker tries again
         )
+        # connects nowhere; a wrong option in the URL shows here and not in a request
+        pool.make_connection()  # type: ignore[no-untyped-call]
+        self._redis = redis.Redis.from_pool(pool)
         self._ttl_s = ttl_s
         self._timeout_s = timeout_s
         self._failures = 0
-        self._closed_again_at = 0.0
+        self._open_until = 0.0
+        self._warn_from = 0.0
 
     async def get(self, key: bytes) -> bytes | None:
         """The value, or None: also when Redis is slow or down."""
-        value = await self._guarded(self._redis.get(key))
+        value = await self._guarded(self._redis.get(key), counts=True)
         return value if isinstance(value, bytes) else None
 
     async def put(self, key: bytes, value: bytes) -> None:
-        """Stores a value, or does nothing: also when Redis is slow, down or full."""
-        await self._guarded(self._redis.set(key, value, ex=self._ttl_s))
+        """Stores a value, or does nothing: also when Redis is slow, down or full.
+
+        Failing is not held against Redis: the value may be too large for the budget, or the memory full,
+        and reads go well. The read before every write says how Redis is.
+        """
+        await self._guarded(self._redis.set(key, value, ex=self._ttl_s), counts=False)
 
     async def delete(self, key: bytes) -> None:
         """Forgets a value, if Redis can be reached; its time to live does the rest."""
-        await self._guarded(self._redis.delete(key))
+        await self._guarded(self._redis.delete(key), counts=True)
 
     async def close(self) -> None:
         """Closes the connections."""
         await self._redis.aclose()
 
-    async def _guarded(self, operation: Awaitable[Answer]) -> Answer | None:
+    async def _guarded(self, operation: Awaitable[Answer], *, counts: bool) -> Answer | None:
         """The operation's answer within the budget, else None. An open breaker answers None at once."""
-        if time.monotonic() < self._closed_again_at:
+        now = time.monotonic()
+        if now < self._open_until:
             if asyncio.iscoroutine(operation):
                 operation.close()
             return None
+        if self._failures >= self.FAILURES_TO_OPEN:
+            self._open_until = now + self.OPEN_S  # this one is the probe; the others wait for its answer
         try:
             async with asyncio.timeout(self._timeout_s):
                 answer = await operation
         except (RedisError, OSError, TimeoutError) as error:
-            self._failures += 1
-            if self._failures >= self.FAILURES_TO_OPEN:
-                # one probe is let through when the pause is over; its failure opens the breaker again
-                self._closed_again_at = time.monotonic() + self.OPEN_S
-            if self._failures == self.FAILURES_TO_OPEN:
-                log.warning("Redis fails (%s): every lookup is a miss until it answers", type(error).__name__)
+            if counts:
+                self._failed(error)
+            elif isinstance(error, ResponseError) and now >= self._warn_from:
+                self._warn_from = now + self.WARN_EVERY_S
+                log.warning("Redis refuses to store (%s): what is not there yet stays a miss", error)
             return None
         if self._failures >= self.FAILURES_TO_OPEN:
             log.warning("Redis answers again")
-        self._failures = 0
+        self._failures, self._open_until = 0, 0.0
         return answer
+
+    def _failed(self, error: Exception) -> None:
+        """Counts a failure; the third in a row opens the breaker."""
+        self._failures += 1
+        if self._failures >= self.FAILURES_TO_OPEN:
+            self._open_until = time.monotonic() + self.OPEN_S
+        if self._failures == self.FAILURES_TO_OPEN:
+            log.warning("Redis fails (%s): every lookup is a miss until it answers", type(error).__name__)
