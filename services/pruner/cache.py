@@ -32,6 +32,8 @@ log = logging.getLogger("hiprune.pruner.cache")
 
 NAMESPACE: Final = b"hiprune:v1"
 _MAX_PENDING: Final = 64
+_THREAD_BYTES: Final = 256 * 1024
+"""Values above it are hashed and parsed off the event loop: a megabyte takes a millisecond."""
 
 M = TypeVar("M", bound=Message)
 
@@ -141,6 +143,8 @@ class TokenCache:
             if value is None:
                 return None
             try:
+                if len(value) > _THREAD_BYTES:
+                    return await asyncio.to_thread(records.unpack, value, kind, key=key, secret=keys.secret)
                 return records.unpack(value, kind, key=key, secret=keys.secret)
             except records.DamagedRecord as error:
                 log.warning("a damaged cache value was deleted: %s", error)
@@ -154,9 +158,18 @@ class TokenCache:
         if message.ByteSize() > self._max_value_bytes:
             log.info("an entry of %d bytes is above cache_value_bytes and is not cached", message.ByteSize())
             return
-        task = asyncio.create_task(self.store.put(key, records.pack(message, key=key, secret=keys.secret)))
+        task = asyncio.create_task(self._store(keys, key, message))
         self._pending[key] = task
-        task.add_done_callback(lambda _: self._pending.pop(key, None))
+        task.add_done_callback(lambda done: self._stored(key, done))
+
+    def _stored(self, key: bytes, done: asyncio.Task[None]) -> None:
+        """Forgets a finished put, unless a later one for the same key has taken its place."""
+        if self._pending.get(key) is done:
+            del self._pending[key]
+
+    async def _store(self, keys: TenantKeys, key: bytes, message: Message) -> None:
+        value = await asyncio.to_thread(records.pack, message, key=key, secret=keys.secret)
+        await self.store.put(key, value)
 
 
 def media_digest(media: media_pb2.Media) -> bytes:

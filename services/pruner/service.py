@@ -321,9 +321,11 @@ def _answer(
     policy: Policy,
     clock: StageClock,
 ) -> pruner_service_pb2.PruneImageResponse:
-    # a ratio and its count share an entry, so the policy is reported as this caller spelled it
-    media.summary.policy.CopyFrom(policy.to_proto())
-    return pruner_service_pb2.PruneImageResponse(media=media, cache=status, timings=clock.to_proto())
+    response = pruner_service_pb2.PruneImageResponse(media=media, cache=status, timings=clock.to_proto())
+    # a ratio and its count share an entry, so the policy is reported as this caller spelled it; in the
+    # answer's own copy, since the original may still be on its way to the store
+    response.media.summary.policy.CopyFrom(policy.to_proto())
+    return response
 
 
 def _policy_of_tokens(request: pruner_service_pb2.PruneTokensRequest) -> Policy:
