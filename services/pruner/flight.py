@@ -54,10 +54,16 @@ class SingleFlight(Generic[Key, Result]):
             flight.waiters -= 1
             if flight.waiters == 0 and not flight.task.done():
                 # gone from the table at once: a newcomer must not join work that is being cancelled
-                self._landed(key, flight, flight.task)
+                self._forget(key, flight)
                 flight.task.cancel()
 
-    def _landed(self, key: Key, flight: _Flight[Result], _: asyncio.Task[Result]) -> None:
+    def _landed(self, key: Key, flight: _Flight[Result], task: asyncio.Task[Result]) -> None:
+        """The work is over, well or not."""
+        self._forget(key, flight)
+        if not task.cancelled():
+            task.exception()  # the waiters have it; with none left, asyncio would report it as never seen
+
+    def _forget(self, key: Key, flight: _Flight[Result]) -> None:
         """Takes a flight off the table, unless another has taken its place."""
         if self._flights.get(key) is flight:
             del self._flights[key]
