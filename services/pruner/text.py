@@ -16,6 +16,7 @@ from hiprune.checkpoints import (
     Checkpoint,
     CheckpointError,
     digest_of_all,
+    name_of,
     read_json,
     text_digest,
     text_embeddings,
@@ -44,19 +45,23 @@ class PairedTextEncoder:
         config = read_json(path / "config.json")
         if config.get("model_type") != "clip":
             raise CheckpointError(f"{path}: model_type is {config.get('model_type')!r}, expected 'clip'")
-        if not (path / "tokenizer.json").is_file():
-            raise CheckpointError(f"{path}: no tokenizer.json")
-        self.name = path.name
+        self.name = name_of(path)
         self.digest = digest_of_all(path)
-        # the projection's width stands at the top of a CLIP config; in text_config it may be a stale default
-        text_config = CLIPTextConfig(**config["text_config"] | {"projection_dim": config["projection_dim"]})
+        try:
+            # the projection's width stands at the top of a CLIP config; in text_config it may be a default
+            own = config["text_config"] | {"projection_dim": config["projection_dim"]}
+        except KeyError as error:
+            raise CheckpointError(f"{path}: config.json has no {error}") from error
+        text_config = CLIPTextConfig(**own)
         self._model = load_part(
             CLIPTextModelWithProjection, path, part="text encoder", config=text_config, dtype=torch.float32
         )
-        self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._begin, self._end = text_config.bos_token_id, text_config.eos_token_id
+        self._tokenizer = _tokenizer_of(path)
+        # the tokenizer's own: OpenAI's CLIP configs name other tokens, 0 and 2 for 49406 and 49407
+        special = self._tokenizer.encode("").ids
+        if len(special) != 2:
+            raise CheckpointError(f"{path}: tokenizer.json adds {len(special)} tokens, expected BOS and EOS")
+        self._begin, self._end = special
         # 75 for CLIP: its 77 positions less BOS and EOS
         self._chunk = text_config.max_position_embeddings - 2
 
@@ -77,8 +82,10 @@ class PairedTextEncoder:
     def _embed(self, ids: list[int]) -> torch.Tensor:
         """One chunk's projected, pooled and normalised vector (A,)."""
         tokens = torch.tensor([[self._begin, *ids, self._end]])  # (1, S)
-        pooled: torch.Tensor = self._model(input_ids=tokens).text_embeds  # (1, A)
-        return torch.nn.functional.normalize(pooled[0], dim=0)
+        hidden = self._model(input_ids=tokens).last_hidden_state  # (1, S, D)
+        # pooled at EOS, which is last; the model's own pooling looks for the config's EOS
+        pooled: torch.Tensor = self._model.text_projection(hidden[0, -1])  # (A,)
+        return torch.nn.functional.normalize(pooled, dim=0)
 
 
 class LanguageSpace:
@@ -90,14 +97,9 @@ class LanguageSpace:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Finds the table and the tokenizer. Raises CheckpointError."""
-        path = checkpoint.path
-        if not (path / "tokenizer.json").is_file():
-            raise CheckpointError(f"{path}: no tokenizer.json")
         self.name = f"{checkpoint.name}: input embeddings"
         self.digest = text_digest(checkpoint, None)
-        self._tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = _tokenizer_of(checkpoint.path)
         table = text_embeddings(checkpoint)
         self._file, self._key, self._rows = table.path, table.name, table.shape[0]
 
@@ -110,3 +112,19 @@ class LanguageSpace:
             table = file.get_slice(self._key)
             rows = {token: table[token : token + 1][0].float() for token in set(ids) if token < self._rows}
         return torch.stack([rows[token] for token in ids if token in rows]).mean(dim=0)  # (H,)
+
+
+def _tokenizer_of(path: Path) -> Tokenizer:
+    """A checkpoint's tokenizer, to which all of a question is words, the spelling of special tokens too.
+
+    Raises CheckpointError.
+    """
+    file = path / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library knows no other kind
+        raise CheckpointError(f"{file}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
