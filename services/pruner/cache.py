@@ -158,7 +158,7 @@ class TokenCache:
         if message.ByteSize() > self._max_value_bytes:
             log.info("an entry of %d bytes is above cache_value_bytes and is not cached", message.ByteSize())
             return
-        task = asyncio.create_task(self._store(keys, key, message))
+        task = asyncio.create_task(self._store(keys, key, message, after=self._pending.get(key)))
         self._pending[key] = task
         task.add_done_callback(lambda done: self._stored(key, done))
 
@@ -167,7 +167,11 @@ class TokenCache:
         if self._pending.get(key) is done:
             del self._pending[key]
 
-    async def _store(self, keys: TenantKeys, key: bytes, message: Message) -> None:
+    async def _store(
+        self, keys: TenantKeys, key: bytes, message: Message, *, after: asyncio.Task[None] | None
+    ) -> None:
+        if after is not None:
+            await asyncio.wait({after})  # two puts of one key end in their order: the last one stays
         value = await asyncio.to_thread(records.pack, message, key=key, secret=keys.secret)
         await self.store.put(key, value)
 

@@ -85,7 +85,7 @@ class Policy:
         return keep_of_ratio(self.keep_ratio, sum(counts))
 
     def canonical(self, tokens: int | None) -> bytes:
-        """Bytes that are equal exactly for policies that choose alike: fields the method ignores are out.
+        """Bytes that are equal exactly for policies of one answer: fields that the method ignores are out.
 
         Where every media item has the same number of `tokens`, a ratio becomes its count, so that 1/3 and 65
         of 196 are one entry.
@@ -98,27 +98,29 @@ class Policy:
                 fields.append(["count", self.keep_count])
             else:
                 fields.append(["ratio", repr(self.keep_ratio)])
+        if self.reads_attention or self.include_scores:
+            fields += [self.object_layer, self.deep_layer]
         if self.reads_attention:
-            fields += [repr(self.alpha), self.object_layer, self.deep_layer, int(self.buffer)]
+            fields += [repr(self.alpha), int(self.buffer)]
         if self.reads_text:
             fields += [repr(self.beta), int(self.text_budget)]
         return json.dumps(fields, separators=(",", ":")).encode()
 
     def to_proto(self) -> pb.PrunePolicy:
-        """The policy as an answer reports it: every field that the method uses."""
-        message = pb.PrunePolicy(method=self.method, include_scores=self.include_scores)
-        if self.method != pb.METHOD_NONE:
-            if self.keep_count is not None:
-                message.keep_count = self.keep_count
-            elif self.keep_ratio is not None:
-                message.keep_ratio = self.keep_ratio
-        if self.reads_attention:
-            message.alpha = self.alpha
-            message.object_layer = self.object_layer
-            message.buffer = pb.BufferShape.ValueType(int(self.buffer))
-        if self.reads_text:
-            message.beta = self.beta
-            message.text_budget = pb.TextBudget.ValueType(int(self.text_budget))
+        """The policy as an answer reports it: every default filled in."""
+        message = pb.PrunePolicy(
+            method=self.method,
+            alpha=self.alpha,
+            object_layer=self.object_layer,
+            beta=self.beta,
+            buffer=pb.BufferShape.ValueType(int(self.buffer)),
+            text_budget=pb.TextBudget.ValueType(int(self.text_budget)),
+            include_scores=self.include_scores,
+        )
+        if self.keep_count is not None:
+            message.keep_count = self.keep_count
+        elif self.keep_ratio is not None:
+            message.keep_ratio = self.keep_ratio
         return message
 
 

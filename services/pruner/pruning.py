@@ -46,16 +46,25 @@ class Pruned:
 
 
 def check_views(views: Sequence[View], *, max_tokens: int) -> None:
-    """Refuses views whose tensors do not fit their grids. Raises InvalidInput naming `views[i].…`."""
+    """Refuses views whose tensors do not fit their grids or each other, and too many tokens in all.
+
+    A few bytes can claim a large grid, and the answer would hold an index for each of its tokens.
+    Raises InvalidInput naming `views[i].…`.
+    """
+    if not views:
+        raise InvalidInput("none, expected at least 1", field="views", reason="MISSING_FIELD")
+    total = 0
     for number, view in enumerate(views):
         field = f"views[{number}]"
         for name, extent in (("grid_height", view.grid_height), ("grid_width", view.grid_width)):
             if not 1 <= extent <= max_tokens:
                 raise InvalidInput(f"{extent} is outside [1, {max_tokens}]", field=f"{field}.{name}")
         count = view.grid_height * view.grid_width
-        if count > max_tokens:
+        total += count
+        if total > max_tokens:
             raise InvalidInput(
-                f"{view.grid_height} × {view.grid_width} is {count} tokens, expected at most {max_tokens}",
+                f"{view.grid_height} × {view.grid_width} makes {total} tokens, expected at most {max_tokens} "
+                "over all views",
                 field=f"{field}.grid_height",
                 reason="LIMIT_EXCEEDED",
             )
@@ -64,9 +73,25 @@ def check_views(views: Sequence[View], *, max_tokens: int) -> None:
         if view.HasField("aligned"):
             tensors.check(view.aligned, field=f"{field}.aligned", shape=(count, None))
         if view.HasField("prefix_features"):
-            tensors.check(view.prefix_features, field=f"{field}.prefix_features", shape=(None, None))
+            width = view.features.shape[1] if view.HasField("features") else None
+            tensors.check(view.prefix_features, field=f"{field}.prefix_features", shape=(None, width))
+        if _prefix_of(view) != _prefix_of(views[0]):
+            raise InvalidInput(
+                f"{_prefix_of(view)} tokens outside the grid, expected {_prefix_of(views[0])} as in views[0]",
+                field=f"{field}.prefix_features",
+            )
         if view.HasField("valid"):
             _check_region(view, field)
+        for place, entry in enumerate(view.attention):
+            if entry.layer < 1:
+                raise InvalidInput(
+                    f"{entry.layer}, expected at least 1", field=f"{field}.attention[{place}].layer"
+                )
+
+
+def _prefix_of(view: View) -> int:
+    """Tokens of a checked view that lie outside its grid; rows of no channels are none."""
+    return view.prefix_features.shape[0] if view.prefix_features.data else 0
 
 
 def _check_region(view: View, field: str) -> None:
@@ -112,7 +137,7 @@ def prune(views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: by
     """
     masks = [_valid_mask(view) for view in views]
     # tokens outside the grid are always kept, and count
-    prefix = max(view.prefix_features.shape[0] if view.HasField("prefix_features") else 0 for view in views)
+    prefix = _prefix_of(views[0])
     counts = [
         prefix + (int(mask.sum()) if mask is not None else view.grid_height * view.grid_width)
         for view, mask in zip(views, masks, strict=True)
@@ -234,6 +259,7 @@ def _add_scores(
     deep_scores: Scores | None,
     similarity: Scores | None,
 ) -> None:
+    message.SetInParent()  # present, as asked for, also where no score is there to show
     named = ((message.object, object_scores), (message.deep, deep_scores), (message.similarity, similarity))
     for target, scores in named:
         if scores is not None:

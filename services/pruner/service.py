@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Final, Literal
 
 import torch
@@ -14,7 +16,7 @@ from hiprune import tensors
 from hiprune.auth import ANONYMOUS_TENANT
 from hiprune.checkpoints import Checkpoint
 from hiprune.client import call
-from hiprune.errors import InvalidInput, Mismatch
+from hiprune.errors import Internal, InvalidInput, Mismatch
 from hiprune.telemetry import StageClock, stage, start_clock
 from hiprune.v1 import (
     encoder_service_pb2,
@@ -27,7 +29,7 @@ from services.pruner import policy as policies
 from services.pruner.cache import TenantKeys, TokenCache, media_digest
 from services.pruner.flight import SingleFlight
 from services.pruner.policy import Policy
-from services.pruner.pruning import NO_QUESTION, Guidance, check_views, prune, similarities
+from services.pruner.pruning import NO_QUESTION, Guidance, Pruned, check_views, prune, similarities
 from services.pruner.settings import Settings
 from services.pruner.text import TextEncoder
 
@@ -89,14 +91,12 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             raise InvalidInput(
                 f"{len(request.views)} views, expected 1 to {self._settings.max_views}", field="views"
             )
-        policy = _policy_of_tokens(request)
         check_views(request.views, max_tokens=self._settings.max_tokens)
+        policy = _policy_of_tokens(request)
         guidance = await self._guidance_of_tokens(request, policy)
         with stage("select"):
             # large requests take milliseconds, which other callers should not wait for
-            pruned = await asyncio.to_thread(
-                prune, request.views, policy, guidance, seed=_seed_of(request.views)
-            )
+            pruned = await asyncio.to_thread(_prune_tokens, request.views, policy, guidance)
         return pruner_service_pb2.PruneTokensResponse(
             views=pruned.views, summary=pruned.summary, timings=clock.to_proto()
         )
@@ -148,7 +148,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 layout=encoded.layout,
             )
 
-        with stage("select"):
+        with stage("select"), _encoders_fault():
             return await asyncio.to_thread(work)
 
     async def _encoded(
@@ -207,7 +207,8 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                     f"the encoder's {what} is {their_digest[:12] or 'absent'}, this pruner's is "
                     f"{our_digest[:12]}: start both on the same model"
                 )
-        check_views(encoded.views, max_tokens=self._settings.max_tokens)
+        with _encoders_fault():
+            check_views(encoded.views, max_tokens=self._settings.max_tokens)
         return encoded
 
     async def _text_vector(self, question: str, policy: Policy) -> torch.Tensor | None:
@@ -235,7 +236,8 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 has_aligned = all(view.HasField("aligned") for view in request.views)
                 space: Literal["aligned", "features"] = "aligned" if has_aligned else "features"
                 _require(request.views, space)
-                return Guidance(similarities(request.views, vector, space=space), "the caller's text vector")
+                found = await asyncio.to_thread(similarities, request.views, vector, space=space)
+                return Guidance(found, "the caller's text vector")
             case "similarity":
                 given = request.similarity.views
                 if len(given) != len(request.views):
@@ -273,7 +275,8 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         vector = await self._text_vector(question, policy)
         if vector is None or self._text is None:
             return NO_QUESTION
-        return Guidance(similarities(request.views, vector, space=space, field="question"), self._text.name)
+        found = await asyncio.to_thread(similarities, request.views, vector, space=space, field="question")
+        return Guidance(found, self._text.name)
 
     def _check_question(self, question: str, policy: Policy) -> None:
         """Refuses a question that is too long, and one that nothing here can read."""
@@ -303,6 +306,9 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             )
         for number, frame in enumerate(frames):
             self._check_size(len(frame), f"media.video.frames[{number}]")
+        rate = media.video.frames_per_second
+        if media.video.HasField("frames_per_second") and not 0 < rate < math.inf:
+            raise InvalidInput(f"{rate}, expected more than 0", field="media.video.frames_per_second")
 
     def _check_size(self, size: int, field: str) -> None:
         if size == 0:
@@ -337,6 +343,23 @@ def _policy_of_tokens(request: pruner_service_pb2.PruneTokensRequest) -> Policy:
     return policies.resolve_layers(
         request.policy, object_layer=min(layers[0], deep_layer), deep_layer=deep_layer
     )
+
+
+@contextmanager
+def _encoders_fault() -> Iterator[None]:
+    """PruneImage's caller sends no views: one that does not fit is the encoder's, and so Internal."""
+    try:
+        yield
+    except InvalidInput as error:
+        if not error.field.startswith("views"):
+            raise
+        raise Internal("the encoder's answer cannot be used; the service's log has the cause") from error
+
+
+def _prune_tokens(views: Sequence[encoder_service_pb2.View], policy: Policy, guidance: Guidance) -> Pruned:
+    """Prunes a stranger's checked views; RANDOM's seed is read from the tokens, for want of an image."""
+    is_random = policy.method == pruner_service_pb2.METHOD_RANDOM
+    return prune(views, policy, guidance, seed=_seed_of(views) if is_random else b"")
 
 
 def _seed_of(views: Iterable[encoder_service_pb2.View]) -> bytes:
