@@ -90,7 +90,7 @@ def load(settings: Settings) -> LanguageModel:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path}: config.json: {error}") from error
     placement = place(settings.device, settings.dtype, config.dtype)
-    adapter = load_adapter(checkpoint, config, placement)
+    adapter = load_adapter(checkpoint, config, placement, settings.newlines)
     return LanguageModel(
         name=settings.model_name or _name(settings.model, checkpoint.name),
         checkpoint=checkpoint,

@@ -32,6 +32,11 @@ class Settings(ServiceSettings):
         "auto",
         description="auto, float32, bfloat16 or float16; auto: float32 on a CPU, the checkpoint's on a GPU",
     )
+    newlines: Literal["none", "rows"] = Field(
+        "none",
+        description="newline embeddings in pruned images of families that tile: none, or rows, "
+        "behind each row that keeps a token",
+    )
     max_concurrency: int = Field(4, ge=1, le=256, description="answers generated at the same time")
     max_queue: int = Field(
         64, ge=0, le=100_000, description="requests that may wait for a slot; more are refused as OVERLOADED"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 
 from hiprune.checkpoints import Checkpoint, CheckpointError
+from hiprune.config import ConfigError
 from services.llm.placement import Placement
 from services.llm.visual import VisualTokens
 
@@ -63,6 +64,14 @@ class Adapter(Protocol):
         """The prompt of `token_ids` and their `embeddings` (T, H), each placeholder replaced by its rows."""
 
 
+@runtime_checkable
+class HasNewlines(Protocol):
+    """An adapter whose model has an embedding that ends a row of tiles."""
+
+    def with_newline_rows(self) -> Self:
+        """The same adapter with a newline behind each row of a pruned image that keeps a token."""
+
+
 def splice_rows(
     token_ids: Sequence[int],
     embeddings: torch.Tensor,
@@ -86,8 +95,13 @@ def splice_rows(
     )
 
 
-def load_adapter(checkpoint: Checkpoint, config: Any, placement: Placement) -> Adapter:
-    """The adapter of a checkpoint, with its projector's weights. Raises CheckpointError."""
+def load_adapter(
+    checkpoint: Checkpoint,
+    config: Any,
+    placement: Placement,
+    newlines: Literal["none", "rows"] = "none",
+) -> Adapter:
+    """The adapter of a checkpoint, with its projector's weights. Raises CheckpointError, ConfigError."""
     family = checkpoint.facts.family
     try:
         module = importlib.import_module(f"{__name__}.{family}")
@@ -96,4 +110,9 @@ def load_adapter(checkpoint: Checkpoint, config: Any, placement: Placement) -> A
             f"{checkpoint.path}: the language side of family {family!r} is not implemented"
         ) from error
     adapter: Adapter = module.load(checkpoint, config, placement)
-    return adapter
+    if newlines == "none":
+        return adapter
+    if not isinstance(adapter, HasNewlines):
+        raise ConfigError(f"newlines (--newlines): got {newlines!r}, and the {family} family has none")
+    with_newlines: Adapter = adapter.with_newline_rows()
+    return with_newlines

@@ -1,0 +1,123 @@
+"""A tower over images of any resolution: the base view, then its tiles in raster order, one forward for all.
+
+Shared by the families that tile. Knows no class of transformers: an adapter brings tower and processor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from hiprune.anyres import Pinpoints, tiling
+from hiprune.checkpoints import Checkpoint, CheckpointError
+from hiprune.errors import Unsupported
+from hiprune.v1 import encoder_service_pb2
+from services.encoder.attention import ScoreCapture
+from services.encoder.families import EncodedView, Prepared
+
+Projection = Callable[[torch.Tensor], torch.Tensor]
+"""(N, D) features to (N, A) float16 in the space in which questions are compared."""
+
+
+class AnyresTower:
+    """A vision tower that sees an image as V = 1 + rows · columns square views of one size."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: torch.nn.Module,
+        processor: Any,
+        projection: Projection | None,
+        pinpoints: Pinpoints,
+        *,
+        leading: int,
+    ) -> None:
+        """`leading` counts the tokens before the grid, such as a CLS, that are dropped.
+
+        `pinpoints` are the model's; the processor's own must equal them. Raises CheckpointError.
+        """
+        parameter = next(model.parameters())
+        self.dtype, self._device = parameter.dtype, parameter.device
+        self.model = model
+        self._family = checkpoint.facts.family
+        self._grid = checkpoint.facts.grid or (0, 0)
+        self._tile = int(checkpoint.config["vision_config"]["image_size"])
+        self._pinpoints = check_pinpoints(pinpoints, self._tile, checkpoint.path)
+        if [list(each) for each in processor.image_grid_pinpoints] != [list(each) for each in pinpoints]:
+            raise CheckpointError(
+                f"{checkpoint.path}: image_grid_pinpoints of the image processor and of config.json differ"
+            )
+        self._processor = processor
+        self._projection = projection
+        self._leading = leading
+        body: Any = getattr(model, "vision_model", model)  # the name went away within transformers 5
+        self._capture = ScoreCapture(
+            {number: layer.self_attn for number, layer in enumerate(body.encoder.layers, start=1)}
+        )
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """V views of one size, (V, 3, h, w)."""
+        pixels = self._processor(image, return_tensors="pt")["pixel_values"][0]
+        tiles = tiling(image.height, image.width, self._pinpoints, tile=self._tile, side=self._grid[0])
+        layout = encoder_service_pb2.MediaLayout(
+            original_height=image.height,
+            original_width=image.width,
+            tile_rows=tiles.rows,
+            tile_columns=tiles.columns,
+        )
+        return Prepared(pixels, len(pixels) * self._grid[0] * self._grid[1], layout)
+
+    def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
+        """Never called: the family takes no video."""
+        raise Unsupported(f"the {self._family} family takes images, not video")
+
+    @torch.inference_mode()
+    def encode(
+        self, items: Sequence[Prepared], layers: Collection[int], aligned: Sequence[bool]
+    ) -> list[list[EncodedView]]:
+        """The views of each item: base, then tiles. All views of all items go through in one forward."""
+        pixels = torch.cat([item.pixels for item in items]).to(self._device, self.dtype)  # (ΣV, 3, h, w)
+        with self._capture.recording(layers) as scores:
+            hidden = self.model(pixel_values=pixels).last_hidden_state  # (ΣV, P + N, D)
+        features = hidden[:, self._leading :]  # (ΣV, N, D)
+        columns = {layer: found[:, self._leading :].cpu() for layer, found in scores.items()}  # (ΣV, N) each
+        on_host = features.cpu()
+        encoded = []
+        start = 0
+        for item, wanted in zip(items, aligned, strict=True):
+            views = range(start, start + len(item.pixels))
+            start = views.stop
+            projected: list[torch.Tensor | None] = [None] * len(views)
+            if wanted and self._projection is not None:
+                rows = self._projection(features[views.start : views.stop].flatten(0, 1))  # (V · N, A)
+                projected = list(rows.cpu().view(len(views), -1, rows.shape[-1]))  # V × (N, A)
+            size = item.layout.original_height, item.layout.original_width
+            tiles = tiling(*size, self._pinpoints, tile=self._tile, side=self._grid[0])
+            encoded.append(
+                [
+                    EncodedView(
+                        features=on_host[view],
+                        scores={layer: found[view] for layer, found in columns.items()},
+                        grid=self._grid,
+                        aligned=likeness,
+                        valid=valid,
+                    )
+                    for view, likeness, valid in zip(views, projected, (None, *tiles.valid), strict=True)
+                ]
+            )
+        return encoded
+
+
+def check_pinpoints(pinpoints: Pinpoints, tile: int, path: Path) -> Pinpoints:
+    """The pinpoints, all multiples of the tile's side in pixels. Raises CheckpointError."""
+    for canvas in pinpoints:
+        if len(canvas) != 2 or any(side < tile or side % tile for side in canvas):
+            raise CheckpointError(
+                f"{path}: config.json: image_grid_pinpoints has {list(canvas)}, expected a height and a "
+                f"width that are multiples of the tower's {tile} pixels"
+            )
+    return pinpoints
