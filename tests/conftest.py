@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import TypeAlias
 
 import grpc
+import hypothesis
 import pytest
 
 from hiprune.server import RequestGate
 from hiprune.stack import find_redis
 
 pytest_plugins = ["tests.stacks"]
+
+# a busy machine is no failure of the code under test
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 Register: TypeAlias = Callable[[grpc.aio.Server], None]
 Serve: TypeAlias = Callable[..., Awaitable[grpc.aio.Channel]]
