@@ -1,0 +1,162 @@
+"""Video-LLaVA's towers: two CLIPs, one for images and one for frames, neither run behind the feature layer.
+
+An image is one view without its CLS; a video is a view for each of 8 frames, whose CLS stays beside the grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from PIL import Image
+from torch.nn import functional
+from transformers import CLIPVisionConfig, CLIPVisionModel, VideoLlavaConfig
+from transformers.image_utils import ChannelDimension
+from transformers.models.video_llava.image_processing_video_llava import VideoLlavaImageProcessor
+from transformers.models.video_llava.modeling_video_llava import VideoLlavaMultiModalProjector
+
+from hiprune.checkpoints import Checkpoint, image_processor_settings
+from hiprune.families.video_llava import sampled_frames
+from hiprune.loading import load_module, load_part
+from hiprune.v1 import encoder_service_pb2
+from services.encoder.attention import ScoreCapture
+from services.encoder.families import EncodedView, Prepared
+
+_PROJECTOR_PREFIXES: Final = ("multi_modal_projector.", "model.multi_modal_projector.")
+
+
+class FrameTower:
+    """One of the two CLIP towers, up to the feature layer."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Loads the tower that the checkpoint calls `name`. Raises CheckpointError."""
+        config = CLIPVisionConfig(**checkpoint.config["vision_config"])
+        # with the layers behind it never loaded, the last hidden state is the feature
+        config.num_hidden_layers = checkpoint.facts.deep_layer
+        config._attn_implementation = "sdpa"
+        self.model: Any = load_part(
+            CLIPVisionModel,
+            checkpoint.path,
+            part=name.replace("_", " "),
+            config=config,
+            key_mapping={rf"^(?:model\.)?{name}\.(?:vision_model\.)?": ""},
+            dtype=dtype,
+        ).to(device)
+        body = getattr(self.model, "vision_model", self.model)  # the name went away within transformers 5
+        self._capture = ScoreCapture(
+            {number: layer.self_attn for number, layer in enumerate(body.encoder.layers, start=1)}
+        )
+
+    def __call__(
+        self, pixels: torch.Tensor, layers: Collection[int]
+    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """(B, 3, h, w) to features (B, 1 + N, D), CLS first, and each layer's scores (B, N) of the grid.
+
+        The CLS counts among the queries; its own column is dropped.
+        """
+        with self._capture.recording(layers) as scores:
+            hidden: torch.Tensor = self.model(pixel_values=pixels).last_hidden_state
+        return hidden, {layer: found[:, 1:] for layer, found in scores.items()}
+
+
+class VideoLlavaTowers:
+    """Both towers, the pixels for them, and the projector into the language model's space."""
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._device = device
+        self._grid = checkpoint.facts.grid or (0, 0)
+        self.image_tower = FrameTower(checkpoint, "image_tower", device, dtype)
+        self.video_tower = FrameTower(checkpoint, "video_tower", device, dtype)
+        config = VideoLlavaConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        self._projector = load_module(
+            lambda: VideoLlavaMultiModalProjector(config),
+            checkpoint.path,
+            _PROJECTOR_PREFIXES,
+            part="projector",
+            device=device,
+            dtype=torch.float32,
+        )
+        settings = image_processor_settings(checkpoint.path)
+        settings.pop("image_processor_type", None)
+        self._processor = VideoLlavaImageProcessor(**settings)
+
+    def prepare(self, image: Image.Image) -> Prepared:
+        """One view, (1, 3, h, w)."""
+        height, width = self._grid
+        return Prepared(self._pixels([image]), height * width)
+
+    def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
+        """8 views, (8, 3, h, w); the layout says of which frames. The model knows no rate."""
+        height, width = self._grid
+        chosen = sampled_frames(len(frames))
+        distinct = sorted(set(chosen))
+        pixels = self._pixels([frames[number] for number in distinct])
+        pixels = pixels[[distinct.index(number) for number in chosen]]
+        layout = encoder_service_pb2.MediaLayout(video=True, sampled_frames=chosen)
+        return Prepared(pixels, len(chosen) * (height * width + 1), layout)
+
+    def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        """(F, 3, h, w) float32 of F images.
+
+        For an image this is the stock processor, bit for bit. For frames stock has a second one, written for
+        torchvision: same sizes, crop, mean and deviation, but its bicubic kernel is torchvision's and not
+        PIL's, so that single pixels differ by a rounding. Ours are the image's, with no torchvision at all.
+        """
+        # stock guesses where the channels are, and takes the rows of a picture 3 pixels high for them
+        batch = self._processor(images, input_data_format=ChannelDimension.LAST, return_tensors="pt")
+        pixels: torch.Tensor = batch["pixel_values_images"]
+        return pixels
+
+    @torch.inference_mode()
+    def encode(
+        self, items: Sequence[Prepared], layers: Collection[int], aligned: Sequence[bool]
+    ) -> list[list[EncodedView]]:
+        """One view an image, 8 a video; one forward for all images and one for all frames."""
+        encoded: list[list[EncodedView]] = [[] for _ in items]
+        for is_video, tower in ((False, self.image_tower), (True, self.video_tower)):
+            places = [place for place, item in enumerate(items) if item.layout.video == is_video]
+            if not places:
+                continue
+            pixels = torch.cat([items[place].pixels for place in places]).to(self._device, self.dtype)
+            hidden, scores = tower(pixels, layers)  # (ΣV, 1 + N, D), {layer: (ΣV, N)}
+            start = 0
+            for place in places:
+                part = slice(start, start + len(items[place].pixels))
+                own = {layer: found[part] for layer, found in scores.items()}
+                encoded[place] = self._views(hidden[part], own, is_video, aligned[place])
+                start = part.stop
+        return encoded
+
+    def _views(
+        self, hidden: torch.Tensor, scores: Mapping[int, torch.Tensor], is_video: bool, aligned: bool
+    ) -> list[EncodedView]:
+        """The views of one media item, of its (V, 1 + N, D) features and (V, N) scores."""
+        on_host = hidden.cpu()
+        columns = {layer: found.cpu() for layer, found in scores.items()}
+        projected = self._aligned(hidden[:, 1:]).cpu() if aligned else None  # (V, N, H)
+        return [
+            EncodedView(
+                features=tokens[1:],
+                scores={layer: found[number] for layer, found in columns.items()},
+                grid=self._grid,
+                aligned=None if projected is None else projected[number],
+                prefix=tokens[:1] if is_video else None,
+                frame=number,
+            )
+            for number, tokens in enumerate(on_host)
+        ]
+
+    def _aligned(self, features: torch.Tensor) -> torch.Tensor:
+        """(…, D) to (…, H) float16, each row of length 1: where the language model would see the token."""
+        projected: torch.Tensor = self._projector(features.float())
+        return functional.normalize(projected, dim=-1).half()
+
+
+def load(
+    checkpoint: Checkpoint, paired: Path | None, device: torch.device, dtype: torch.dtype
+) -> VideoLlavaTowers:
+    """The towers and the projector. `paired` is None: no text encoder is paired. Raises CheckpointError."""
+    return VideoLlavaTowers(checkpoint, device, dtype)
