@@ -21,7 +21,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hiprune import tensors
 from hiprune.checkpoints import CheckpointError, open_checkpoint
@@ -244,7 +245,7 @@ def stock(path, tower) -> Stock:
     return Stock(
         model=Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval(),
         tokenizer=AutoTokenizer.from_pretrained(path),
-        image_processor=AutoImageProcessor.from_pretrained(path, backend="pil"),
+        image_processor=Qwen2VLImageProcessorPil.from_pretrained(path),
         tower=tower,
     )
 
@@ -730,9 +731,19 @@ def test_facts_follow_the_paper_and_the_blocks_that_see_a_whole_image(tmp_path):
 
 
 async def test_an_image_too_long_for_its_width_is_refused_by_its_field(client):
-    with pytest.raises(InvalidInput, match="aspect ratio") as refused:
+    with pytest.raises(InvalidInput, match="200") as refused:
         await ask(client, [user("what", picture(1, (300, 1)))], THIRD)
     assert refused.value.field == "messages[0].parts[1].media.image"
+
+
+def test_the_tower_refuses_what_stock_cannot_resize(tower):
+    long = picture(1, (300, 1))
+    with pytest.raises(InvalidInput, match="aspect ratio") as refused:
+        tower.prepare(long)
+    assert refused.value.field == "media.image"
+    with pytest.raises(InvalidInput, match="aspect ratio") as refused:
+        tower.prepare_video([long, long], 2.0)
+    assert refused.value.field == "media.video.frames[0]"
 
 
 def visual(grids, *, seconds=0.0, prefix=None, valid=None) -> VisualTokens:
