@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 
 from hiprune.errors import from_rpc
+from hiprune.v1 import encoder_service_pb2, llm_service_pb2_grpc
 from hiprune.v1 import llm_service_pb2 as pb
-from hiprune.v1 import llm_service_pb2_grpc
 from hiprune.v1.pruner_service_pb2 import PrunePolicy
+from services.encoder.families import EncodedView
+from services.llm.visual import VisualTokens, VisualView
 
 ANSWER_TOKENS = 10
 # models this small are slower on several threads
@@ -81,6 +83,13 @@ def request(
     return pb.AskImageRequest(
         messages=messages, policy=policy, sampling=pb.Sampling(max_tokens=ANSWER_TOKENS)
     )
+
+
+def visual_tokens(view: EncodedView) -> VisualTokens:
+    """A base view alone, all of it kept."""
+    kept = torch.arange(len(view.features))
+    views = (VisualView(view.features, kept, view.grid),)
+    return VisualTokens(views, encoder_service_pb2.MediaLayout(), "media")
 
 
 @dataclass(frozen=True)

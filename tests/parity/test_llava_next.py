@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import grpc
 import pytest
 import torch
 from transformers import AutoTokenizer, CLIPModel, LlavaNextForConditionalGeneration, LlavaNextProcessor
@@ -14,20 +15,38 @@ from hiprune import tensors
 from hiprune.anyres import best_resolution, tiling
 from hiprune.checkpoints import image_processor_settings, locate_paired, open_checkpoint, read_json
 from hiprune.client import connect
-from hiprune.errors import Mismatch
+from hiprune.config import ConfigError
+from hiprune.errors import Mismatch, from_rpc
 from hiprune.stack import Stack
+from hiprune.v1 import llm_service_pb2 as pb
+from hiprune.v1 import llm_service_pb2_grpc, pruner_service_pb2_grpc
+from hiprune.v1.media_pb2 import Media
 from hiprune.v1.pruner_service_pb2 import (
     METHOD_HIPRUNE,
     METHOD_HIPRUNE_PLUS_PLUS,
     METHOD_NONE,
     METHOD_RANDOM,
     METHOD_STRIDED,
+    PruneImageRequest,
     PrunePolicy,
 )
 from services.encoder.families import load_tower
-from services.llm.process import LlmService
+from services.llm.process import LlmService, load
 from services.llm.settings import Settings
-from tests.anyres import ONE_THREAD, WORDS, Stock, ask, assistant, one_thread, picture, request, user
+from tests.anyres import (
+    ONE_THREAD,
+    WORDS,
+    Stock,
+    ask,
+    assistant,
+    encoded,
+    one_thread,
+    picture,
+    request,
+    user,
+    visual_tokens,
+)
+from tests.tiny import LAYOUTS
 from tests.tiny_anyres import NEXT_PINPOINTS, PATCH, SIDE, TILE, make_clip, make_llava_next
 
 OBJECT_LAYER, DEEP_LAYER = 2, 3  # of 4
@@ -215,6 +234,23 @@ def test_features_and_scores_of_a_mixed_batch_are_each_pictures_own(tower, stock
             assert (view.aligned is None) == (place % 2 == 1)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_key_layout_holds_the_same_model(tmp_path, path, tower, layout):
+    checkpoint = open_checkpoint(str(make_llava_next(tmp_path / "model", seed=1, layout=layout)))
+    known = open_checkpoint(str(path))
+    assert checkpoint.vision_digest == known.vision_digest
+    item = tower.prepare(picture(100, 40))
+    other = load_tower(checkpoint, None, torch.device("cpu"), torch.float32)
+    ((ours, *_),), ((theirs, *_),) = tower.encode([item], {1}, [False]), other.encode([item], {1}, [False])
+    assert torch.equal(ours.features, theirs.features)
+    rows = [
+        load(Settings(model=str(each.path))).adapter.project(visual_tokens(ours))
+        for each in (checkpoint, known)
+    ]
+    assert len(rows[0]) == SIDE**2 + 1  # a base view alone, whole: one newline behind it
+    assert torch.equal(*rows)
+
+
 def test_nothing_behind_the_feature_layer_is_loaded(tower):
     layers = {int(name.split("layers.")[1].split(".")[0]) for name, _ in tower.model.named_parameters()
               if "layers." in name}  # fmt: skip
@@ -259,6 +295,58 @@ async def test_a_fine_tune_with_the_same_shapes_is_refused(tmp_path, services, s
         await ask(channel, request([user("", "what is this ?")], [picture(64, 64)], EVERYTHING[0]))
     assert (refused.value.code.name, refused.value.reason) == ("FAILED_PRECONDITION", "MODEL_MISMATCH")
     await service.stop()
+
+
+def test_a_family_without_a_newline_embedding_refuses_the_setting():
+    with pytest.raises(ConfigError, match=r"newlines.*rows.*llava family has none"):
+        load(Settings(newlines="rows"))
+
+
+def no_tile(media):
+    del media.views[-1]
+
+
+def other_size(media):
+    media.layout.original_width = 640
+
+
+def no_size(media):
+    media.layout.original_height = 0
+
+
+def more_shown(media):
+    media.views[1].selection.valid.height -= 1
+
+
+def prefixed(media):
+    media.views[1].prefix_features.CopyFrom(media.views[1].features)
+
+
+@pytest.mark.parametrize(
+    ("alter", "field"),
+    [
+        (no_tile, "views"),
+        (other_size, "layout.tile_rows"),
+        (no_size, "layout.original_height"),
+        (more_shown, "views[1].selection.valid"),
+        (prefixed, "views[1].prefix_features"),
+    ],
+)
+async def test_views_that_are_not_those_of_the_image_are_refused(services, channel, alter, field):
+    async with connect(services.pruner_address) as pruner:
+        asked = PruneImageRequest(media=Media(image=encoded(picture(100, 100))), policy=PRUNED[0])
+        answer = await pruner_service_pb2_grpc.PrunerServiceStub(pruner).PruneImage(asked, timeout=60)
+    alter(answer.media)
+    message = pb.Message(role=pb.ROLE_USER, parts=[pb.Part(pruned_media=answer.media), pb.Part(text="?")])
+    stub = llm_service_pb2_grpc.LanguageModelServiceStub(channel)
+    with pytest.raises(grpc.aio.AioRpcError) as raised:
+        async for _ in stub.GenerateText(pb.GenerateTextRequest(messages=[message]), timeout=60):
+            pass
+    error = from_rpc(raised.value, peer="llm")
+    assert (error.code.name, error.field) == (
+        "INVALID_ARGUMENT",
+        f"messages[0].parts[0].pruned_media.{field}",
+    )
 
 
 # geometry
