@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
@@ -127,20 +127,22 @@ class Client:
     async def ask(
         self,
         question: str,
-        *images: bytes,
+        *media: bytes | media_pb2.Media,
         policy: pruner_service_pb2.PrunePolicy | None = None,
         sampling: llm_service_pb2.Sampling | None = None,
         model: str = "",
         on_delta: Callable[[str], object] | None = None,
     ) -> Answer:
-        """The whole answer to a question about encoded images; `on_delta` sees its text as it comes.
+        """The whole answer to a question about encoded images or a `video`.
+
+        `on_delta` sees its text as it comes.
 
         Raises HipruneError.
         """
         answer = Answer()
         begun = time.perf_counter()
         request = llm_service_pb2.AskImageRequest(
-            messages=[question_message(question, images)], policy=policy, sampling=sampling, model=model
+            messages=[question_message(question, media)], policy=policy, sampling=sampling, model=model
         )
         async for event in self.ask_stream(request):
             match event.WhichOneof("event"):
@@ -177,9 +179,15 @@ class Client:
             stream.cancel()
 
 
-def question_message(question: str, images: Sequence[bytes]) -> llm_service_pb2.Message:
-    """A user's turn: the images, then the words."""
-    parts = [llm_service_pb2.Part(media=media_pb2.Media(image=image)) for image in images]
+def question_message(question: str, media: Sequence[bytes | media_pb2.Media]) -> llm_service_pb2.Message:
+    """A user's turn: the encoded images and other media, then the words."""
+    items = (media_pb2.Media(image=each) if isinstance(each, bytes) else each for each in media)
+    parts = [llm_service_pb2.Part(media=each) for each in items]
     if question:
         parts.append(llm_service_pb2.Part(text=question))
     return llm_service_pb2.Message(role=llm_service_pb2.ROLE_USER, parts=parts)
+
+
+def video(frames: Iterable[bytes], frames_per_second: float | None = None) -> media_pb2.Media:
+    """A video of encoded images, in time order and of one size, sampled at a rate; None: the service's 2."""
+    return media_pb2.Media(video=media_pb2.Video(frames=frames, frames_per_second=frames_per_second))
