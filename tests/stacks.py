@@ -16,7 +16,7 @@ SAMPLES = EMBEDDED_MODEL.parents[1] / "samples"
 
 
 def questions() -> list[dict[str, str]]:
-    """The samples' questions: image, type, question, truth, unpruned_answer; they come with the checkpoint."""
+    """The samples' questions: image, type, question, truth, unpruned_answer."""
     content: list[dict[str, str]] = json.loads((SAMPLES / "questions.json").read_text("utf-8"))
     return content
 

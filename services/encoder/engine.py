@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from hiprune.errors import InvalidInput
+from hiprune.errors import Exhausted, InvalidInput
 from hiprune.telemetry import StageClock, stage
 from hiprune.v1 import encoder_service_pb2, media_pb2
 from services.encoder.batching import MicroBatcher
@@ -48,6 +48,8 @@ class VisionEngine:
             max_pixels=settings.max_image_pixels,
             max_side=settings.max_image_side,
         )
+        self._decoding = 0
+        self._max_decoding = settings.max_decoding
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._batcher: MicroBatcher[_Job, list[EncodedView]] = MicroBatcher(
             self._run,
@@ -61,9 +63,18 @@ class VisionEngine:
         self, media: media_pb2.Media, layers: Collection[int], *, aligned: bool, clock: StageClock
     ) -> Encoded:
         """The views of one image or video. Raises InvalidInput (`media.…`), Exhausted."""
-        with stage("preprocess"):
-            loop = asyncio.get_running_loop()
-            prepared = await loop.run_in_executor(self._decoders, self._prepare, media)
+        if self._decoding >= self._max_decoding:
+            raise Exhausted(
+                f"{self._decoding} images wait to be decoded, at most {self._max_decoding} may",
+                retry_after_s=1,
+            )
+        self._decoding += 1
+        try:
+            with stage("preprocess"):
+                loop = asyncio.get_running_loop()
+                prepared = await loop.run_in_executor(self._decoders, self._prepare, media)
+        finally:
+            self._decoding -= 1
         outcome = await self._batcher.submit(_Job(prepared, frozenset(layers), aligned))
         clock.add("queue", outcome.queued_s)
         clock.add("vision", outcome.ran_s)

@@ -42,6 +42,7 @@ class ImageLimits:
     max_bytes: int  # encoded
     max_pixels: int  # width × height
     max_side: int  # pixels
+    max_aspect: float = 200.0  # longer side / shorter side: resizing by the shorter one multiplies the longer
 
 
 def decode_image(data: bytes, *, limits: ImageLimits, field: str) -> Image.Image:
@@ -92,6 +93,10 @@ def _check_header(image: ImageFile.ImageFile, data: bytes, limits: ImageLimits, 
         raise _too_large(f"{width} × {height} pixels; at most {limits.max_pixels} in all", field)
     if max(width, height) > limits.max_side:
         raise _too_large(f"{width} × {height} pixels; at most {limits.max_side} a side", field)
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise _too_large(
+            f"{width} × {height} pixels; at most {limits.max_aspect:g} times as long as wide", field
+        )
     # Within the coded data FF DA is always a scan; the few in metadata do not matter.
     if image.info.get("progressive") and (scans := data.count(b"\xff\xda")) > _MAX_JPEG_SCANS:
         raise _too_large(f"{scans} progressive scans; at most {_MAX_JPEG_SCANS}", field)

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from hiprune import checkpoints, tensors
+from hiprune.checkpoints import Checkpoint
 from hiprune.config import ConfigError
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc
 from services.encoder.engine import VisionEngine
@@ -27,23 +28,8 @@ class EncoderService:
     names: Sequence[str] = ("hiprune.v1.EncoderService",)
 
     def __init__(self, settings: Settings) -> None:
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
         self._settings = settings
-        self._device, self._dtype = choose_device(settings)
-        self._checkpoint = checkpoints.open_checkpoint(settings.model)
-        self._paired = checkpoints.locate_paired(settings.paired_model, self._checkpoint)
-        facts = self._checkpoint.facts
-        self._fingerprint = encoder_service_pb2.ModelFingerprint(
-            family=facts.family,
-            vision_digest=self._checkpoint.vision_digest,
-            preprocessing_digest=self._checkpoint.preprocessing_digest,
-            dtype=tensors.WIRE_DTYPES[self._dtype],
-            hidden_size=facts.hidden_size,
-            layers=facts.layers,
-            paired_digest=checkpoints.text_digest(self._checkpoint, self._paired),
-        )
-        self._servicer = EncoderServicer(self._checkpoint, self._fingerprint, settings.max_frames)
+        self._servicer = EncoderServicer(settings.max_frames)
         self._engine: VisionEngine | None = None
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -52,22 +38,38 @@ class EncoderService:
 
     async def start(self) -> None:
         """Loads the tower and runs it once."""
-        tower = await asyncio.to_thread(self._load)
+        checkpoint, fingerprint, tower = await asyncio.to_thread(_load, self._settings)
         self._engine = VisionEngine(tower, self._settings)
-        self._servicer.engine = self._engine
+        self._servicer.equip(checkpoint, fingerprint, self._engine)
 
     async def stop(self) -> None:
         """Finishes what is queued."""
         if self._engine is not None:
             await self._engine.close()
 
-    def _load(self) -> Tower:
-        facts = self._checkpoint.facts
-        tower = load_tower(self._checkpoint, self._paired, self._device, self._dtype)
-        # the first forward picks kernels and allocates; better now than in somebody's request
-        blank = tower.prepare(Image.new("RGB", (64, 64)))
-        tower.encode([blank], {facts.object_layer, facts.deep_layer}, [bool(self._fingerprint.paired_digest)])
-        return tower
+
+def _load(settings: Settings) -> tuple[Checkpoint, encoder_service_pb2.ModelFingerprint, Tower]:
+    """The checkpoint, its identity, and the tower, warm. Blocks. Raises CheckpointError, ConfigError."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device, dtype = choose_device(settings)
+    checkpoint = checkpoints.open_checkpoint(settings.model)
+    paired = checkpoints.locate_paired(settings.paired_model, checkpoint)
+    facts = checkpoint.facts
+    fingerprint = encoder_service_pb2.ModelFingerprint(
+        family=facts.family,
+        vision_digest=checkpoint.vision_digest,
+        preprocessing_digest=checkpoint.preprocessing_digest,
+        dtype=tensors.WIRE_DTYPES[dtype],
+        hidden_size=facts.hidden_size,
+        layers=facts.layers,
+        paired_digest=checkpoints.text_digest(checkpoint, paired),
+    )
+    tower = load_tower(checkpoint, paired, device, dtype)
+    # the first forward picks kernels and allocates; better now than in somebody's request
+    blank = tower.prepare(Image.new("RGB", (64, 64)))
+    tower.encode([blank], {facts.object_layer, facts.deep_layer}, [bool(fingerprint.paired_digest)])
+    return checkpoint, fingerprint, tower
 
 
 def choose_device(settings: Settings) -> tuple[torch.device, torch.dtype]:

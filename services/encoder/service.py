@@ -17,16 +17,25 @@ MAX_RATE: Final = 1000.0
 
 
 class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
-    """Encodes images. `engine` is set before the first request: see `hiprune.server.RequestGate`."""
+    """Encodes images."""
 
-    engine: VisionEngine
+    _checkpoint: Checkpoint
+    _fingerprint: encoder_service_pb2.ModelFingerprint
+    _engine: VisionEngine
 
-    def __init__(
-        self, checkpoint: Checkpoint, fingerprint: encoder_service_pb2.ModelFingerprint, max_frames: int
-    ) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, max_frames: int) -> None:
         self._max_frames = max_frames
+
+    def equip(
+        self,
+        checkpoint: Checkpoint,
+        fingerprint: encoder_service_pb2.ModelFingerprint,
+        engine: VisionEngine,
+    ) -> None:
+        """Gives it what it works with; no request arrives before (see `hiprune.server.RequestGate`)."""
+        self._checkpoint = checkpoint
         self._fingerprint = fingerprint
+        self._engine = engine
 
     async def GetEncoder(self, request: Any, context: Any) -> encoder_service_pb2.GetEncoderResponse:  # noqa: N802
         """Says which vision tower is loaded."""
@@ -38,7 +47,7 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
         """Encodes one image into its views."""
         clock = start_clock()
         self._check(request)
-        encoded = await self.engine.encode(
+        encoded = await self._engine.encode(
             request.media, request.layers, aligned=request.aligned, clock=clock
         )
         return encoder_service_pb2.EncodeImageResponse(
@@ -66,6 +75,10 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
                 )
             if layer in request.layers[:place]:
                 raise InvalidInput(f"{layer} is asked for twice", field=f"layers[{place}]")
+        if request.aligned and facts.compares != "aligned":
+            raise InvalidInput(
+                f"the {facts.family} family's features are in the text's space themselves", field="aligned"
+            )
         if request.aligned and not self._fingerprint.paired_digest:
             raise Mismatch("this encoder has no paired text encoder", field="aligned", reason="NO_TEXT_MODEL")
 

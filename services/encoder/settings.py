@@ -46,4 +46,7 @@ class Settings(ServiceSettings):
     max_wait_ms: float = Field(
         2.0, ge=0, le=1000, description="how long an idle encoder waits for company, in milliseconds"
     )
+    max_decoding: int = Field(
+        256, ge=1, le=65_536, description="most images being decoded or waiting for it; more are overload"
+    )
     decode_threads: int = Field(2, ge=1, le=256, description="threads that decode and resize images")

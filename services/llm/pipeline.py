@@ -98,7 +98,9 @@ class LanguageModel:
         generated: list[int] = []
         ended = False
         async with aclosing(
-            self.engine.generate(prompt.embeddings, prompt.positions, request.sampling, budget)
+            self.engine.generate(
+                prompt.embeddings, prompt.positions, request.sampling, budget, request.prompt.token_ids
+            )
         ) as tokens:
             async for token in tokens:
                 generated.append(token)

@@ -39,10 +39,12 @@ class LanguageModelServicer(llm_service_pb2_grpc.LanguageModelServiceServicer):
         checked = await asyncio.to_thread(
             model.read, request.messages, request.sampling, request.model, media="pruned_media"
         )
-        media = [
-            model.read_pruned(item.part.pruned_media, f"{item.field}.pruned_media")
-            for item in checked.prompt.media
-        ]
+        media = await asyncio.to_thread(
+            lambda: [
+                model.read_pruned(item.part.pruned_media, f"{item.field}.pruned_media")
+                for item in checked.prompt.media
+            ]
+        )
         async with model.slots.take(), aclosing(model.answer(checked, media, clock)) as events:
             async for event in events:
                 if isinstance(event, llm_service_pb2.TextDelta):
@@ -88,7 +90,7 @@ class ImageQaServicer(llm_service_pb2_grpc.ImageQaServiceServicer):
         # the slot first: no image is encoded for an answer that has to wait
         async with model.slots.take():
             pruned, report = await self._pruner().prune(checked.prompt.media, request.policy)
-            media = [_from_pruner(model, each) for each in pruned]
+            media = await asyncio.to_thread(lambda: [_from_pruner(model, each) for each in pruned])
             yield llm_service_pb2.AskImageResponse(report=report)
             async with aclosing(model.answer(checked, media, clock)) as events:
                 async for event in events:

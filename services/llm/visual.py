@@ -14,6 +14,7 @@ from hiprune.families import Facts
 from hiprune.v1 import encoder_service_pb2, pruner_service_pb2
 
 _DIGEST_CHARS: Final = 12
+_MAX_VIEWS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,12 @@ def read_pruned(
         )
     if not media.views:
         raise InvalidInput("is empty, expected at least 1 view", field=f"{field}.views")
+    if len(media.views) > _MAX_VIEWS:
+        raise InvalidInput(
+            f"has {len(media.views)} views, expected at most {_MAX_VIEWS}",
+            reason="LIMIT_EXCEEDED",
+            field=f"{field}.views",
+        )
     if media.layout.video and not facts.takes_video:
         raise Unsupported(f"the {facts.family} family takes images only", field=f"{field}.layout.video")
     views = tuple(

@@ -82,11 +82,19 @@ def check_views(views: Sequence[View], *, max_tokens: int) -> None:
             )
         if view.HasField("valid"):
             _check_region(view, field)
-        for place, entry in enumerate(view.attention):
-            if entry.layer < 1:
-                raise InvalidInput(
-                    f"{entry.layer}, expected at least 1", field=f"{field}.attention[{place}].layer"
-                )
+        _check_attention(view, field)
+
+
+def _check_attention(view: View, field: str) -> None:
+    """Refuses a layer that is none or comes twice; scores are checked where they are read."""
+    seen: set[int] = set()
+    for place, entry in enumerate(view.attention):
+        if entry.layer < 1 or entry.layer in seen:
+            raise InvalidInput(
+                f"{entry.layer}, expected at least 1 and no layer twice",
+                field=f"{field}.attention[{place}].layer",
+            )
+        seen.add(entry.layer)
 
 
 def _prefix_of(view: View) -> int:
@@ -147,9 +155,9 @@ def prune(views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: by
     for number, (view, mask, budget) in enumerate(zip(views, masks, budgets, strict=True)):
         similarity = guidance.similarities[number] if guidance.similarities is not None else None
         object_scores = deep_scores = None
-        if policy.reads_attention or policy.include_scores:
-            object_scores = _scores(view, policy.object_layer, number, required=policy.reads_attention)
-            deep_scores = _scores(view, policy.deep_layer, number, required=policy.reads_attention)
+        if policy.reads_attention:
+            object_scores = _scores(view, policy.object_layer, number)
+            deep_scores = _scores(view, policy.deep_layer, number)
         own_seed = hashlib.sha256(seed + number.to_bytes(4, "little")).digest()
         scores = (object_scores, deep_scores, similarity)
         kept = _select(policy, max(1, budget - prefix), view, mask, scores, own_seed)
@@ -166,6 +174,9 @@ def prune(views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: by
     if policy.reads_text:
         summary.text_model = guidance.text_model
         summary.text_note = guidance.note
+        chosen = any(pruner_service_pb2.TOKEN_KIND_TEXT in view.selection.kinds for view in pruned)
+        if guidance.similarities is not None and not chosen:
+            summary.text_note = "the budget leaves no token to the question"
     return Pruned(pruned, summary)
 
 
@@ -212,18 +223,16 @@ def _valid_mask(view: View) -> Mask | None:
     return mask.ravel()
 
 
-def _scores(view: View, layer: int, number: int, *, required: bool) -> Scores | None:
-    """One layer's scores (N,) of a view; None when they are absent and not required."""
+def _scores(view: View, layer: int, number: int) -> Scores:
+    """One layer's scores (N,) of a view. Raises InvalidInput when they are missing or unfit."""
+    count = view.grid_height * view.grid_width
     for place, entry in enumerate(view.attention):
         if entry.layer == layer:
             field = f"views[{number}].attention[{place}].scores"
-            count = view.grid_height * view.grid_width
             scores = tensors.from_proto(
                 entry.scores, field=field, shape=(count,), dtypes=(torch.float32,), finite=True
             )
             return scores.numpy()
-    if not required:
-        return None
     given = [entry.layer for entry in view.attention]
     raise InvalidInput(
         f"holds layers {given}, expected layer {layer} among them",

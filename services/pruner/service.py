@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import torch
 
@@ -34,6 +34,7 @@ from services.pruner.settings import Settings
 from services.pruner.text import TextEncoder
 
 Encoded = encoder_service_pb2.EncodeImageResponse
+Result = TypeVar("Result")
 NO_TEXT_MODEL: Final = "this pruner has no paired text encoder, so a question cannot guide it"
 
 
@@ -50,6 +51,8 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         self._flights: SingleFlight[tuple[object, ...], Encoded] = SingleFlight()
         # one thread: the text encoder is not for several, and a question takes milliseconds
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+        # threads of our own: asyncio's default ones may all be waiting for a name server
+        self._workers = ThreadPoolExecutor(2, thread_name_prefix="prune")
 
     def equip(
         self,
@@ -93,10 +96,13 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             )
         check_views(request.views, max_tokens=self._settings.max_tokens)
         policy = _policy_of_tokens(request)
-        guidance = await self._guidance_of_tokens(request, policy)
+        vector = await self._vector_of_tokens(request, policy)
+
+        def work() -> Pruned:
+            return _prune_tokens(request.views, policy, self._guidance_of_tokens(request, policy, vector))
+
         with stage("select"):
-            # large requests take milliseconds, which other callers should not wait for
-            pruned = await asyncio.to_thread(_prune_tokens, request.views, policy, guidance)
+            pruned = await self._off_loop(work)
         return pruner_service_pb2.PruneTokensResponse(
             views=pruned.views, summary=pruned.summary, timings=clock.to_proto()
         )
@@ -110,7 +116,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         question = request.question.strip()
         self._check_media(request.media)
         self._check_question(question, policy)
-        digest = await asyncio.to_thread(media_digest, request.media)
+        digest = await self._off_loop(lambda: media_digest(request.media))
         keys = self._cache.keys(ANONYMOUS_TENANT)
         pruned = await self._cache.get_pruned(keys, digest, policy, question)
         if pruned is not None:
@@ -129,6 +135,11 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         if hasattr(self, "_cache"):
             await self._cache.close()
         self._text_thread.shutdown(wait=False)
+        self._workers.shutdown(wait=False)
+
+    async def _off_loop(self, work: Callable[[], Result]) -> Result:
+        """Runs what may take milliseconds on a thread, so that other callers do not wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     async def _prune(
         self, encoded: Encoded, policy: Policy, vector: torch.Tensor | None, digest: bytes
@@ -149,7 +160,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             )
 
         with stage("select"), _encoders_fault():
-            return await asyncio.to_thread(work)
+            return await self._off_loop(work)
 
     async def _encoded(
         self, media: media_pb2.Media, policy: Policy, keys: TenantKeys, digest: bytes, clock: StageClock
@@ -192,7 +203,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             request,
             Encoded,
             peer="encoder",
-            limit_s=self._settings.default_deadline_ms / 1000,
+            default_s=self._settings.default_deadline_ms / 1000,
         )
         theirs, ours = encoded.fingerprint, self._checkpoint
         pairs = [
@@ -219,49 +230,16 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._text_thread, self._text.encode, question)
 
-    async def _guidance_of_tokens(
+    async def _vector_of_tokens(
         self, request: pruner_service_pb2.PruneTokensRequest, policy: Policy
-    ) -> Guidance:
-        """What HIPRUNE_PLUS_PLUS compares the caller's tokens with."""
-        if not policy.reads_text:
-            return Guidance()
-        match request.WhichOneof("guidance"):
-            case "question":
-                return await self._guidance_of_question(request, policy)
-            case "text_vector":
-                shape = (None,) if len(request.text_vector.shape) != 2 else (1, None)
-                vector = tensors.from_proto(
-                    request.text_vector, field="text_vector", shape=shape, finite=True
-                ).flatten()
-                has_aligned = all(view.HasField("aligned") for view in request.views)
-                space: Literal["aligned", "features"] = "aligned" if has_aligned else "features"
-                _require(request.views, space)
-                found = await asyncio.to_thread(similarities, request.views, vector, space=space)
-                return Guidance(found, "the caller's text vector")
-            case "similarity":
-                given = request.similarity.views
-                if len(given) != len(request.views):
-                    raise InvalidInput(
-                        f"{len(given)} vectors for {len(request.views)} views", field="similarity.views"
-                    )
-                vectors = [
-                    tensors.from_proto(
-                        message,
-                        field=f"similarity.views[{number}]",
-                        shape=(view.grid_height * view.grid_width,),
-                        dtypes=(torch.float32,),
-                        finite=True,
-                    ).numpy()
-                    for number, (message, view) in enumerate(zip(given, request.views, strict=True))
-                ]
-                return Guidance(vectors, "the caller's similarity")
-            case _:
-                return NO_QUESTION
+    ) -> torch.Tensor | None:
+        """The vector of a request's question.
 
-    async def _guidance_of_question(
-        self, request: pruner_service_pb2.PruneTokensRequest, policy: Policy
-    ) -> Guidance:
-        """A question needs this pruner's own text model, and so tokens of this pruner's own tower."""
+        A question needs this pruner's own text model, and so tokens of this pruner's own tower: raises
+        Mismatch, InvalidInput.
+        """
+        if not policy.reads_text or request.WhichOneof("guidance") != "question":
+            return None
         question = request.question.strip()
         self._check_question(question, policy)
         if request.vision_digest != self._checkpoint.vision_digest:
@@ -270,13 +248,26 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 f"{self._checkpoint.vision_digest[:12]!r}; send text_vector or similarity instead",
                 field="vision_digest",
             )
-        space = self._checkpoint.facts.compares
-        _require(request.views, space)
-        vector = await self._text_vector(question, policy)
-        if vector is None or self._text is None:
-            return NO_QUESTION
-        found = await asyncio.to_thread(similarities, request.views, vector, space=space, field="question")
-        return Guidance(found, self._text.name)
+        _require(request.views, self._checkpoint.facts.compares)
+        return await self._text_vector(question, policy)
+
+    def _guidance_of_tokens(
+        self, request: pruner_service_pb2.PruneTokensRequest, policy: Policy, vector: torch.Tensor | None
+    ) -> Guidance:
+        """What HIPRUNE_PLUS_PLUS compares the caller's tokens with. Raises InvalidInput."""
+        if not policy.reads_text:
+            return Guidance()
+        match request.WhichOneof("guidance"):
+            case "question" if vector is not None and self._text is not None:
+                space = self._checkpoint.facts.compares
+                found = similarities(request.views, vector, space=space, field="question")
+                return Guidance(found, self._text.name)
+            case "text_vector":
+                return _guidance_of_vector(request)
+            case "similarity":
+                return _guidance_of_similarity(request)
+            case _:
+                return NO_QUESTION
 
     def _check_question(self, question: str, policy: Policy) -> None:
         """Refuses a question that is too long, and one that nothing here can read."""
@@ -332,6 +323,34 @@ def _answer(
     # answer's own copy, since the original may still be on its way to the store
     response.media.summary.policy.CopyFrom(policy.to_proto())
     return response
+
+
+def _guidance_of_vector(request: pruner_service_pb2.PruneTokensRequest) -> Guidance:
+    """The caller's own text vector, (A,) or (1, A)."""
+    shape = (None,) if len(request.text_vector.shape) != 2 else (1, None)
+    vector = tensors.from_proto(request.text_vector, field="text_vector", shape=shape, finite=True).flatten()
+    has_aligned = all(view.HasField("aligned") for view in request.views)
+    space: Literal["aligned", "features"] = "aligned" if has_aligned else "features"
+    _require(request.views, space)
+    return Guidance(similarities(request.views, vector, space=space), "the caller's text vector")
+
+
+def _guidance_of_similarity(request: pruner_service_pb2.PruneTokensRequest) -> Guidance:
+    """The caller's own similarities, one vector (N,) a view."""
+    given = request.similarity.views
+    if len(given) != len(request.views):
+        raise InvalidInput(f"{len(given)} vectors for {len(request.views)} views", field="similarity.views")
+    vectors = [
+        tensors.from_proto(
+            message,
+            field=f"similarity.views[{number}]",
+            shape=(view.grid_height * view.grid_width,),
+            dtypes=(torch.float32,),
+            finite=True,
+        ).numpy()
+        for number, (message, view) in enumerate(zip(given, request.views, strict=True))
+    ]
+    return Guidance(vectors, "the caller's similarity")
 
 
 def _policy_of_tokens(request: pruner_service_pb2.PruneTokensRequest) -> Policy:

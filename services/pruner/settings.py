@@ -33,7 +33,7 @@ class Settings(ServiceSettings):
     max_text_chars: int = Field(32_768, ge=1, le=10_000_000, description="longest question, in characters")
     max_views: int = Field(256, ge=1, le=65_536, description="most views in one PruneTokens request")
     max_tokens: int = Field(
-        1_048_576, ge=1, le=2**31 - 1, description="most tokens in one view of a PruneTokens request"
+        262_144, ge=1, le=2**31 - 1, description="most tokens in a PruneTokens request, over all its views"
     )
     cache: Annotated[str, Field(pattern=r"^(memory|redis|off)$")] = Field(
         "memory", description="where encoded and pruned images are cached: memory, redis or off"

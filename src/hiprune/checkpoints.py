@@ -51,7 +51,8 @@ class Checkpoint:
     config: Mapping[str, Any]
     facts: Facts
     vision_digest: str
-    """SHA-256 (hex) over normalised name, dtype, shape and bytes of every vision tensor."""
+    """SHA-256 (hex) over normalised name, dtype, shape and bytes of every vision tensor, and the settings
+    by which the tower computes with them."""
     preprocessing_digest: str
     """SHA-256 (hex) over the image processor's settings."""
 
@@ -83,7 +84,7 @@ def open_checkpoint(model: str) -> Checkpoint:
             f"{path}: no vision tensor (no key matches {facts.vision_keys.pattern!r}): "
             "is this a language-only checkpoint?"
         )
-    return Checkpoint(path, config, facts, digest_of(vision), _preprocessing_digest(path))
+    return Checkpoint(path, config, facts, _vision_digest(vision, config), _preprocessing_digest(path))
 
 
 def locate(model: str) -> Path:
@@ -220,8 +221,9 @@ def digest_of(tensors: Mapping[str, StoredTensor]) -> str:
 
 
 def digest_of_all(path: Path) -> str:
-    """SHA-256 (hex) over every tensor of a directory: a paired text model's identity."""
-    return digest_of({tensor.name: tensor for tensor in stored_tensors(path)})
+    """SHA-256 (hex) over a directory's tensors, settings and tokenizer: a text model's identity."""
+    tensors = digest_of({tensor.name: tensor for tensor in stored_tensors(path)})
+    return _combined(tensors, [read_json(path / "config.json"), _tokenizer_digest(path)])
 
 
 def text_digest(checkpoint: Checkpoint, paired: Path | None) -> str:
@@ -231,7 +233,8 @@ def text_digest(checkpoint: Checkpoint, paired: Path | None) -> str:
     in their space.
     """
     if checkpoint.facts.text_keys is not None:
-        return digest_of({"embeddings": text_embeddings(checkpoint)})
+        table = digest_of({"embeddings": text_embeddings(checkpoint)})
+        return _combined(table, _tokenizer_digest(checkpoint.path))
     return digest_of_all(paired) if paired is not None else ""
 
 
@@ -268,6 +271,42 @@ def image_processor_settings(path: Path) -> dict[str, Any]:
     return read_json(path / "preprocessor_config.json")
 
 
+def _video_processor_settings(path: Path) -> Any:
+    """The video processor's settings, from either file that transformers writes them to; none without one."""
+    for name, key in (("processor_config.json", "video_processor"), ("video_preprocessor_config.json", None)):
+        if (path / name).is_file():
+            content = read_json(path / name)
+            found = content.get(key) if key else content
+            if found:
+                return found
+    return None
+
+
+def _vision_digest(tensors: Mapping[str, StoredTensor], config: Mapping[str, Any]) -> str:
+    """Equal weights under another number of heads or another feature layer are another tower."""
+    chosen = {key: value for key, value in config.items() if key.startswith("vision_")}
+    return _combined(digest_of(tensors), chosen)
+
+
+def _tokenizer_digest(path: Path) -> str:
+    file = path / "tokenizer.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def _combined(digest: str, settings: Any) -> str:
+    """SHA-256 (hex) over a digest of tensors and the settings that they are used with."""
+    canonical = json.dumps([digest, _essential(settings)], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _essential(settings: Any) -> Any:
+    """A configuration less what its writer notes down about itself."""
+    if not isinstance(settings, dict):
+        return settings
+    noise = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
+    return {key: _essential(value) for key, value in settings.items() if key not in noise}
+
+
 def _preprocessing_digest(path: Path) -> str:
     # the class that applies the settings is ours to choose, and differs between checkpoints' writers
     settings = {
@@ -275,6 +314,7 @@ def _preprocessing_digest(path: Path) -> str:
         for key, value in image_processor_settings(path).items()
         if key not in {"image_processor_type", "processor_class", "feature_extractor_type"}
     }
+    settings["video"] = _video_processor_settings(path)
     canonical = json.dumps([PREPROCESSING_VERSION, settings], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -47,12 +46,24 @@ def parse_keep(text: str, policy: pruner_service_pb2.PrunePolicy) -> None:
         elif "/" in text:
             above, below = text.split("/")
             policy.keep_ratio = float(above) / float(below)
-        elif "." in text:
+        elif "." in text or "e" in text.lower():
             policy.keep_ratio = float(text)
         else:
             policy.keep_count = int(text)
     except (ValueError, ZeroDivisionError) as error:
         raise typer.BadParameter(f"{text!r}: expected a ratio (1/3, 0.33, 33%) or a count (65)") from error
+
+
+def _check_picture(path: Path) -> None:
+    """Refuses, before anything is asked, a file that no picture can be written to."""
+    if path.suffix.lower() not in {".png", ".jpg", ".jpeg", ".webp"}:
+        raise typer.BadParameter(
+            f"{path}: expected a name ending in .png, .jpg or .webp", param_hint="--overlay"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise typer.BadParameter(
+            f"{path.parent}: not a folder that can be written to", param_hint="--overlay"
+        )
 
 
 def parse_method(text: str) -> pruner_service_pb2.Method.ValueType:
@@ -71,7 +82,9 @@ def ask(
         str, typer.Option(help="share (1/3, 0.33, 33%) or number (65) of tokens to keep")
     ] = "1/3",
     overlay: Annotated[Path | None, typer.Option(help="write a picture of the kept tokens here")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="longest answer, in tokens")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="longest answer, in tokens", min=1, max=2**31 - 1)
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     address: Address = DEFAULT_ADDRESS,
@@ -79,6 +92,14 @@ def ask(
     """Asks a question about an image and streams the answer."""
     policy = pruner_service_pb2.PrunePolicy(method=parse_method(method))
     parse_keep(keep, policy)
+    if overlay is not None:
+        _check_picture(overlay)
+    if not address:
+        raise typer.BadParameter("is empty, expected HOST:PORT", param_hint="--address")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise typer.BadParameter("is not UTF-8", param_hint="QUESTION") from error
     sampling = llm_service_pb2.Sampling(max_tokens=max_tokens, temperature=temperature)
     data = image.read_bytes()
     answer = _run(_stream(address, question, data, policy, sampling, quiet=as_json))
@@ -113,29 +134,20 @@ def up(
     """Runs Redis and the three services on this machine until Ctrl-C."""
     from hiprune.stack import Stack, StackError
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Ctrl-C: the stack ends front to back
+    _leave_in_order()
     try:
-        with err.status("starting") as status:
-            stack = Stack(model=model, port=port, redis=redis, progress=status.update)
-            try:
-                stack.start()
-            except BaseException:
-                stack.stop()
-                raise
-        out.print(f"ready: [bold]{stack.address}[/bold]   (Ctrl-C stops it)")
-        out.print(f'try:   hiprune ask IMAGE "question" --address {stack.address}', markup=False)
-        try:
+        with Stack(
+            model=model, port=port, redis=redis, progress=lambda step: err.print(f"[dim]{step}[/dim]")
+        ) as stack:
+            out.print(f"ready: [bold]{stack.address}[/bold]   (Ctrl-C stops it)")
+            out.print(f'try:   hiprune ask IMAGE "question" --address {stack.address}', markup=False)
             while not (ended := [name for name, each in stack.processes.items() if each.poll() is not None]):
                 time.sleep(0.5)
             err.print(f"[red]{ended[0]} ended:[/red]\n{stack.log_of(ended[0])[-2000:]}")
             raise typer.Exit(1)
-        finally:
-            stack.stop()
     except StackError as error:
         err.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
-    except KeyboardInterrupt:
-        out.print("stopped")
 
 
 @app.command()
@@ -146,11 +158,25 @@ def demo(
     from hiprune.demo import run_demo
     from hiprune.stack import StackError
 
+    _leave_in_order()
     try:
         run_demo(out, folder)
     except (StackError, HipruneError) as error:
         err.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
+
+
+def _leave_in_order() -> None:
+    """Any request to stop ends the stack front to back, once: a second one does not interrupt that."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def leave(number: int, frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(0)
+
+    for number in numbers:
+        signal.signal(number, leave)
 
 
 async def _stream(

@@ -73,7 +73,7 @@ async def call(
     response_type: type[Response],
     *,
     peer: str,
-    limit_s: float = DEFAULT_TIMEOUT_S,
+    default_s: float = DEFAULT_TIMEOUT_S,
 ) -> Response:
     """One unary call on behalf of the current request, under what is left of its deadline.
 
@@ -81,7 +81,7 @@ async def call(
     """
     try:
         response = await method(
-            request, timeout=deadlines.for_next_hop(limit_s), metadata=telemetry.outgoing_metadata()
+            request, timeout=deadlines.for_next_hop(default_s), metadata=telemetry.outgoing_metadata()
         )
     except grpc.aio.AioRpcError as error:
         raise from_rpc(error, peer=peer) from error

@@ -33,14 +33,14 @@ def remaining_s() -> float | None:
     return None if deadline is None else deadline - time.monotonic()
 
 
-def for_next_hop(limit_s: float) -> float:
-    """Timeout in seconds for a call made on behalf of the current request, at most `limit_s`.
+def for_next_hop(default_s: float) -> float:
+    """Timeout in seconds for a call made on behalf of the current request; `default_s` outside of one.
 
     Raises Expired when nothing worth starting is left.
     """
     left = remaining_s()
     if left is None:
-        return limit_s
+        return default_s
     if left <= HOP_MARGIN_S:
         raise Expired(f"{max(left, 0) * 1000:.0f} ms are left of the deadline, too little for another hop")
-    return min(limit_s, left - HOP_MARGIN_S)
+    return left - HOP_MARGIN_S

@@ -194,7 +194,9 @@ def from_rpc(error: grpc.aio.AioRpcError, *, peer: str) -> HipruneError:
 
     `peer` names the service that was called ("encoder"), for errors that the peer did not write itself.
     """
-    kind = _BY_CODE.get(error.code(), Internal)
+    # nobody here cancels and then reads the status: a server that leaves cancels what it will not finish
+    stopped = error.code() is grpc.StatusCode.CANCELLED
+    kind = Unavailable if stopped else _BY_CODE.get(error.code(), Internal)
     text = error.details() or error.code().name
     reason: str | None = None
     field = ""
@@ -206,8 +208,9 @@ def from_rpc(error: grpc.aio.AioRpcError, *, peer: str) -> HipruneError:
         else:
             retry_after_s = detail.retry_delay.ToMilliseconds() / 1000
     if reason is None and kind is Unavailable:
-        text = f"the {peer} cannot be reached ({text})"
-        reason = f"{peer.upper()}_UNREACHABLE"
+        # where it was looked for is not the client's to know
+        text = f"the {peer} stopped before it answered" if stopped else f"the {peer} cannot be reached"
+        reason = f"{peer.upper()}_{'STOPPED' if stopped else 'UNREACHABLE'}"
     elif reason is None and kind is Exhausted:
         reason = "LIMIT_EXCEEDED"  # gRPC's own, for a message above a limit: no replica has more room
     elif field:

@@ -27,7 +27,11 @@ def draw_overlay(image: bytes, view: pruner_service_pb2.Selection) -> Image.Imag
     The image is shown as the encoder sees a square one: scaled so that the grid covers it.
     """
     with Image.open(BytesIO(image)) as opened:
-        picture = ImageOps.exif_transpose(opened).convert("RGB")
+        upright = ImageOps.exif_transpose(opened)
+        layer = upright.convert("RGBA")
+        # on white, as the encoder sees it
+        picture = Image.new("RGB", layer.size, "white")
+        picture.paste(layer, mask=layer)
     rows, columns = view.grid_height, view.grid_width
     # the fixed-grid encoders take the centre crop whose shape is the grid's
     picture = _centre_crop(picture, columns / rows)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -91,6 +92,7 @@ async def run(settings: ServiceSettings, service: Service) -> None:
     for name in readiness:
         await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     try:
+        _refuse_taken_socket(settings.listen)
         server.add_insecure_port(settings.listen)
     except RuntimeError as error:
         raise ConfigError(f"listen (--listen): got {settings.listen!r}, which cannot be bound") from error
@@ -113,15 +115,34 @@ async def run(settings: ServiceSettings, service: Service) -> None:
                 await health.set(name, health_pb2.HealthCheckResponse.SERVING)
             log.info("ready on %s", settings.listen)
             await waiting
-        starting.cancel()
-        log.info("draining")
+        log.info("draining" if starting.done() else "told to stop while loading")
         for name in readiness:
             await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     finally:
         health.dismiss_watchers()
         await server.stop(settings.drain_ms / 1000)
+        loading = not starting.done()
+        starting.cancel()
         await service.stop()
         log.info("stopped")
+        if loading:
+            # a load runs in a thread that nothing can interrupt, that the interpreter would wait for, and
+            # that has nothing to lose
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(0)
+
+
+def _refuse_taken_socket(listen: str) -> None:
+    """gRPC takes a Unix socket away from a process that is serving on it. Raises RuntimeError instead."""
+    if not listen.startswith("unix:"):
+        return
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(listen.removeprefix("unix:"))
+        except OSError:
+            return
+    raise RuntimeError("another process serves there")
 
 
 class Health(health_aio.HealthServicer):  # type: ignore[misc]  # untyped upstream

@@ -5,6 +5,7 @@ For `make up`, the demo, benchmarks and tests. Everything it starts ends with it
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -27,6 +28,8 @@ from hiprune.config import EMBEDDED_MODEL
 SERVICES: Final = ("encoder", "pruner", "llm")
 _START_TIMEOUT_S: Final = 300.0
 _STOP_TIMEOUT_S: Final = 40.0
+_PR_SET_PDEATHSIG: Final = 1
+_LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class StackError(Exception):
@@ -163,6 +166,7 @@ class Stack:
                 stdin=subprocess.DEVNULL,
                 env=self._environ,
                 start_new_session=True,  # Ctrl-C is ours: the stack ends front to back
+                preexec_fn=_end_with_parent,  # noqa: PLW1509  # one system call, no lock
             )
 
     def _wait(self, name: str, ready: Callable[[], bool], timeout_s: float = _START_TIMEOUT_S) -> None:
@@ -175,6 +179,12 @@ class Stack:
                 raise StackError(f"{name}: {why}\n{tail}")
             time.sleep(0.05)
         self._progress(f"{name} is ready")
+
+
+def _end_with_parent() -> None:
+    """In a child, on Linux: SIGTERM when the parent is gone, however it went."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _is_serving(address: str) -> bool:

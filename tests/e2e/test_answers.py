@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from hiprune.client import Client, question_message
 from hiprune.config import EMBEDDED_MODEL
+from hiprune.stack import Stack
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
 from tests.stacks import SAMPLES, picture, questions
 
@@ -85,7 +87,9 @@ async def test_the_report_says_what_was_kept_and_the_usage_agrees(client, method
     assert indices == sorted(set(indices))
     assert len(indices) == len(view.kinds) == 65
     assert 0 <= indices[0] <= indices[-1] < total
-    assert list(view.scores.object.shape) == [total]
+    reads = method.startswith("HIPRUNE")
+    assert view.scores.HasField("object") == view.scores.HasField("deep") == reads
+    assert list(view.scores.object.shape) == ([total] if reads else [])
     usage = answer.completion.usage
     assert (usage.visual_tokens_before, usage.visual_tokens_after) == (total, 65)
     assert usage.prefill_flops_after < usage.prefill_flops_before
@@ -191,19 +195,28 @@ async def test_events_come_in_order_report_deltas_completion(client):
     assert set(kinds[1:-1]) == {"delta"}
 
 
+def unseen(name: str) -> bytes:
+    """The same picture in other bytes, which no other test has shown to the stack."""
+    with Image.open(SAMPLES / name) as image:
+        file = io.BytesIO()
+        image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
 async def test_sixteen_concurrent_questions_are_answered_as_one_at_a_time(stack):
-    samples = questions()[:16]
+    samples = questions()[::4]  # each of another image
     async with Client(stack.address) as client:
-        alone = [
-            (await client.ask(each["question"], picture(each["image"]), policy=policy(HIPRUNE))).text
-            for each in samples
-        ]
+        # at once first, so that these are the ones that share forwards and not the cache
         together = await asyncio.gather(
-            *(
-                client.ask(each["question"], picture(each["image"]), policy=policy(HIPRUNE))
-                for each in samples
-            )
+            *(client.ask(each["question"], unseen(each["image"]), policy=policy(HIPRUNE)) for each in samples)
         )
+        assert {answer.report.media[0].cache for answer in together} == {pruner_service_pb2.CACHE_STATUS_MISS}
+    with Stack(redis=False, environ={"HIPRUNE_PRUNER_CACHE": "off"}) as apart:
+        async with Client(apart.address) as client:
+            alone = [
+                (await client.ask(each["question"], unseen(each["image"]), policy=policy(HIPRUNE))).text
+                for each in samples
+            ]
     assert [answer.text for answer in together] == alone
 
 

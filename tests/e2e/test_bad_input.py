@@ -71,6 +71,7 @@ CASES = {
     "header only": (ask_about(picture("scene00.png")[:30]), "INVALID_ARGUMENT", "IMAGE_UNREADABLE", IMAGE),
     "bomb": (ask_about(png_header(60_000, 60_000)), "INVALID_ARGUMENT", "LIMIT_EXCEEDED", IMAGE),
     "long thin bomb": (ask_about(png_header(1_000_000, 1)), "INVALID_ARGUMENT", "LIMIT_EXCEEDED", IMAGE),
+    "a needle": (ask_about(png_header(16_384, 1)), "INVALID_ARGUMENT", "LIMIT_EXCEEDED", IMAGE),
     "empty image": (ask_about(b""), "INVALID_ARGUMENT", "MISSING_FIELD", IMAGE),
     "too many bytes": (
         ask_about(b"\x89PNG" + bytes(21 * 2**20)),

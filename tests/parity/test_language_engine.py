@@ -295,6 +295,23 @@ async def test_the_models_own_end_tokens_hold_and_its_taste_in_drawing_does_not(
     assert not recwarn.list
 
 
+async def test_the_models_own_repetition_penalty_covers_the_prompt_as_stock_has_it(tmp_path):
+    path = make_llava(tmp_path / "model", seed=2)
+    turns = [user("", "what colour is the circle , and which shape is blue ?")]
+    free = stock_of(path).answer(turns, [noise(3, 64)], 24)
+    file = path / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"repetition_penalty": 1.3}))
+    stock = Stock(
+        LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval(),
+        AutoProcessor.from_pretrained(path),
+    )
+    penalised = stock.answer(turns, [noise(3, 64)], 24)
+    assert penalised != free
+    model = await started(path)
+    assert await answer(model, turns, [stock.features(noise(3, 64))], 24) == penalised
+    await model.engine.stop()
+
+
 async def test_the_dtype_is_the_one_that_is_set(tiny_path):
     model = await started(tiny_path, dtype="bfloat16")
     assert {each.dtype for each in model.engine._model.parameters()} == {torch.bfloat16}

@@ -189,14 +189,15 @@ async def test_a_budget_without_a_token_beside_each_cls_is_refused(client):
 
 @pytest.mark.parametrize("name", ["8 frames", "an image of (31, 77)"])
 async def test_kept_tokens_are_hiprunes_choice_by_the_eager_scores(client, stock, name):
-    report, _ = await ask(client, CASES[name], method=HIPRUNE, keep_count=64 if "frames" in name else 6)
+    count, in_grid = (64, 8 - 1) if "frames" in name else (7, 7)
+    # alpha for one anchor a view
+    report, _ = await ask(client, CASES[name], method=HIPRUNE, keep_count=count, alpha=0.7)
     _, scores = stock.tower(media_of(CASES[name])[0])
     for number, view in enumerate(report.media[0].views):
-        keep = 8 - 1 if "frames" in name else 6
-        expected = selection.hiprune(
-            scores[OBJECT][number].numpy(), scores[DEEP][number].numpy(), width=SIDE, keep=keep
-        )
+        layers = [scores[layer][number].numpy() for layer in (OBJECT, DEEP)]
+        expected = selection.hiprune(*layers, width=SIDE, keep=in_grid, alpha=0.7)
         assert list(view.kept_indices) == expected.indices.tolist()
+        assert list(view.kinds) == expected.kinds.tolist()
 
 
 # the towers
@@ -251,6 +252,9 @@ def test_every_key_layout_is_one_model(tmp_path):
         for view, other in zip(found[0], others, strict=True):
             assert torch.equal(view.features, other.features)
             assert torch.equal(view.aligned, other.aligned)
+    assert all(view.aligned.dtype == torch.float16 for view in found[0])
+    lengths = torch.stack([view.aligned.float().norm(dim=-1) for view in found[0]])
+    torch.testing.assert_close(lengths, torch.ones_like(lengths), rtol=0, atol=2e-3)
 
 
 def test_the_digest_covers_both_towers_and_tells_them_apart(path, tmp_path):

@@ -153,12 +153,31 @@ def test_the_digest_changes_with_anything_of_the_tower(change, base, tmp_path):
     assert digest(write(tmp_path / "other", tensors)) != digest(base)
 
 
-def test_a_digest_is_remembered(base, memory):
+def test_the_hash_of_the_bytes_is_remembered(base, memory):
     first = digest(base)
     content = json.loads(memory.read_text())
-    assert list(content.values()) == [first]
+    assert len(content) == 1
     memory.write_text(json.dumps(dict.fromkeys(content, "remembered")))
-    assert digest(base) == "remembered"
+    assert digest(base) != first  # made of what is remembered and of the settings
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vision_feature_layer": -1},
+        {"vision_config": {"num_attention_heads": 8}},
+        {"vision_config": {"hidden_act": "quick_gelu"}},
+    ],
+    ids=["feature layer", "heads", "activation"],
+)
+def test_equal_weights_computed_with_otherwise_are_another_tower(base, change):
+    first = digest(base)
+    file = base / "config.json"
+    config = json.loads(file.read_text())
+    for key, value in change.items():
+        config[key] = config[key] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(config))
+    assert digest(base) != first
 
 
 def test_a_file_that_changes_in_place_is_not_remembered_as_it_was(base):

@@ -51,7 +51,7 @@ async def caught_from(stub) -> HipruneError:
 
 async def ask(stub, peer="encoder"):
     request = encoder_service_pb2.GetEncoderRequest()
-    await call(stub.GetEncoder, request, encoder_service_pb2.GetEncoderResponse, peer=peer, limit_s=10)
+    await call(stub.GetEncoder, request, encoder_service_pb2.GetEncoderResponse, peer=peer, default_s=10)
 
 
 def test_every_class_has_a_code_of_its_own_and_stands_in_the_tree():

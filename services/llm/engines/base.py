@@ -30,11 +30,17 @@ class Engine(Protocol):
         """Input embeddings of tokens, (T, H). Blocks: call it off the event loop."""
 
     def generate(
-        self, embeddings: torch.Tensor, positions: torch.Tensor, sampling: Sampling, max_tokens: int
+        self,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
+        sampling: Sampling,
+        max_tokens: int,
+        prompt_ids: Sequence[int] = (),
     ) -> AsyncGenerator[int, None]:
         """Tokens of the answer as they come: at most `max_tokens`, an end token last if there is one.
 
-        `embeddings` (S, H) and `positions`, (S,) or (axes, S), are the whole prompt. The stages `prefill`
+        `embeddings` (S, H) and `positions`, (S,) or (axes, S), are the whole prompt; `prompt_ids` are the
+        tokens in it, for penalties that the model's own settings put on repetition. The stages `prefill`
         and `decode` go to the request's clock. Closing the iterator ends the work at the next token, or
         before the prefill where that has not begun, and returns when it has ended.
         """

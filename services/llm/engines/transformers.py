@@ -59,7 +59,7 @@ class TransformersEngine:
         await asyncio.to_thread(self._load)
         prompt = await asyncio.to_thread(self.embed, [0, 0])
         positions = torch.arange(2, device=self._placement.device)
-        async for _ in self.generate(prompt, positions, Sampling(), 2):
+        async for _ in self.generate(prompt, positions, Sampling(), 2, [0, 0]):
             pass
 
     async def stop(self) -> None:
@@ -77,7 +77,12 @@ class TransformersEngine:
         return embedded
 
     async def generate(
-        self, embeddings: torch.Tensor, positions: torch.Tensor, sampling: Sampling, max_tokens: int
+        self,
+        embeddings: torch.Tensor,
+        positions: torch.Tensor,
+        sampling: Sampling,
+        max_tokens: int,
+        prompt_ids: Sequence[int] = (),
     ) -> AsyncGenerator[int, None]:
         """See `Engine.generate`."""
         loop = asyncio.get_running_loop()
@@ -87,7 +92,7 @@ class TransformersEngine:
 
         def work() -> None:
             if not stopped.is_set():
-                self._generate(embeddings, positions, sampling, max_tokens, relay, stopped)
+                self._generate(embeddings, positions, sampling, max_tokens, prompt_ids, relay, stopped)
 
         def ended(work: asyncio.Future[None]) -> None:
             arrived.put_nowait(None)
@@ -115,13 +120,19 @@ class TransformersEngine:
         positions: torch.Tensor,
         sampling: Sampling,
         max_tokens: int,
+        prompt_ids: Sequence[int],
         relay: _Relay,
         stopped: threading.Event,
     ) -> None:
         """One answer, in a thread of the pool."""
         settings = copy.deepcopy(self._generation_config)
         settings.max_new_tokens = max_tokens
-        processors = [] if sampling.greedy else [SeededSampler(sampling)]
+        processors: list[Callable[..., torch.Tensor]] = []
+        if prompt_ids and (settings.repetition_penalty or 1.0) != 1.0:
+            processors.append(_PromptPenalty(settings.repetition_penalty, prompt_ids, embeddings.device))
+            settings.repetition_penalty = 1.0
+        if not sampling.greedy:
+            processors.append(SeededSampler(sampling))
         with relay:
             self._model.generate(
                 inputs_embeds=embeddings[None],  # (1, S, H)
@@ -200,6 +211,23 @@ class SeededSampler:
         probabilities = warped.softmax(dim=-1).cpu()
         drawn = torch.multinomial(probabilities, 1, generator=self._generator).to(scores.device)
         return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+class _PromptPenalty:
+    """The model's repetition penalty over the prompt's tokens too, as stock has it when it is given ids.
+
+    A penalty asks which tokens occurred and not how often, so one placeholder stands for all of an image.
+    """
+
+    def __init__(self, penalty: float, prompt_ids: Sequence[int], device: torch.device) -> None:
+        from transformers import RepetitionPenaltyLogitsProcessor
+
+        self._penalise = RepetitionPenaltyLogitsProcessor(penalty)
+        self._prompt = torch.tensor([list(prompt_ids)], device=device)  # (1, T)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        penalised: torch.Tensor = self._penalise(torch.cat((self._prompt, input_ids), dim=1), scores)
+        return penalised
 
 
 class _StopWhen:
