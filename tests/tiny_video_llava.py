@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
-    AutoImageProcessor,
     AutoTokenizer,
     CLIPVisionConfig,
     LlamaConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
+    VideoLlavaImageProcessor,
 )
 
 from hiprune.config import EMBEDDED_MODEL
@@ -200,7 +200,7 @@ class Stock:
             path, dtype=torch.float32, attn_implementation="eager"
         ).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.processor = AutoImageProcessor.from_pretrained(path)
+        self.processor = VideoLlavaImageProcessor.from_pretrained(path)
         self.template = json.loads((path / "chat_template.json").read_text("utf-8"))["chat_template"]
         self.answers: dict[bytes, list[int]] = {}
 
