@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 from google.protobuf import any_pb2
@@ -155,6 +157,27 @@ async def test_a_code_outside_the_tree_is_internal(service, stub):
     service.status = status_pb2.Status(code=grpc.StatusCode.DATA_LOSS.value[0], message="lost")
     found = await caught_from(stub)
     assert type(found) is Internal
+
+
+async def test_a_peer_that_leaves_as_the_call_comes_in_is_unavailable(service, stub):
+    service.status = status_pb2.Status(code=grpc.StatusCode.CANCELLED.value[0], message="CANCELLED")
+    found = await caught_from(stub)
+    assert (type(found), found.reason) == (Unavailable, "ENCODER_STOPPED")
+
+
+async def test_ones_own_cancelling_stays_a_cancellation(serve):
+    class Slow(encoder_service_pb2_grpc.EncoderServiceServicer):
+        async def GetEncoder(self, request, context):
+            await asyncio.sleep(20)
+
+    def register(server):
+        encoder_service_pb2_grpc.add_EncoderServiceServicer_to_server(Slow(), server)
+
+    asking = asyncio.create_task(ask(encoder_service_pb2_grpc.EncoderServiceStub(await serve(register))))
+    await asyncio.sleep(0.1)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
 
 
 @pytest.mark.parametrize("kind", ["google.rpc.ErrorInfo", "google.rpc.RetryInfo", "who.knows.What"])
