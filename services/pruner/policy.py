@@ -98,10 +98,8 @@ class Policy:
                 fields.append(["count", self.keep_count])
             else:
                 fields.append(["ratio", repr(self.keep_ratio)])
-        if self.reads_attention or self.include_scores:
-            fields += [self.object_layer, self.deep_layer]
         if self.reads_attention:
-            fields += [repr(self.alpha), int(self.buffer)]
+            fields += [repr(self.alpha), self.object_layer, self.deep_layer, int(self.buffer)]
         if self.reads_text:
             fields += [repr(self.beta), int(self.text_budget)]
         return json.dumps(fields, separators=(",", ":")).encode()

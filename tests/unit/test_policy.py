@@ -226,10 +226,8 @@ def meaning(policy: Policy, tokens: int | None) -> tuple[object, ...]:
         if tokens is not None and ratio is not None:
             count, ratio = keep_of_ratio(ratio, tokens), None
         found += [count, ratio]
-    if policy.include_scores or policy.method in (pb.METHOD_HIPRUNE, pb.METHOD_HIPRUNE_PLUS_PLUS):
-        found += [policy.object_layer, policy.deep_layer]
     if policy.method in (pb.METHOD_HIPRUNE, pb.METHOD_HIPRUNE_PLUS_PLUS):
-        found += [policy.alpha, policy.buffer]
+        found += [policy.object_layer, policy.deep_layer, policy.alpha, policy.buffer]
     if policy.method == pb.METHOD_HIPRUNE_PLUS_PLUS:
         found += [policy.beta, policy.text_budget]
     return tuple(found)
@@ -273,12 +271,6 @@ def test_a_ratio_and_its_count_share_an_entry_on_a_fixed_grid_only():
 
 def test_a_share_is_told_from_its_neighbour_in_the_last_bit():
     assert of(alpha=0.1).canonical(None) != of(alpha=math.nextafter(0.1, 1)).canonical(None)
-
-
-def test_scores_of_another_layer_are_another_entry_also_where_the_method_reads_none():
-    fields = {"method": pb.METHOD_RANDOM, "include_scores": True}
-    one, other = of(object_layer=5, **fields), of(object_layer=9, **fields)
-    assert one.canonical(NUMBER) != other.canonical(NUMBER)
 
 
 def test_the_embedded_models_defaults_come_from_its_own_facts(model):
