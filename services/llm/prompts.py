@@ -80,8 +80,8 @@ def read_prompt(
     placeholders = [kinds[token] for token in token_ids if token in kinds]
     if placeholders != [_is_video(item.part) for item in items]:
         raise InvalidInput(
-            f"have {len(items)} media but {len(placeholders)} placeholders, or others, once in the "
-            "model's chat template",
+            f"have {len(items)} media, the model's chat template makes {len(placeholders)} placeholders of "
+            "them, or puts images and videos in another order",
             reason="RESERVED_TOKEN",
             field="messages",
         )

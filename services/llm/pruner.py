@@ -60,6 +60,7 @@ class Pruner:
             summary=response.media.summary,
             cache=response.cache,
             timings=clock.to_proto(),
+            layout=response.media.layout,
         )
         return response.media, entry
 

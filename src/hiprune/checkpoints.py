@@ -20,6 +20,8 @@ from hiprune.families import Facts, UnsupportedModel, facts_of
 
 log = logging.getLogger("hiprune.checkpoints")
 
+_PROJECTOR: Final = "multi_modal_projector."
+
 PREPROCESSING_VERSION: Final = "pil-1"
 """Names how pixels are prepared beyond the checkpoint's own settings; change it when that changes."""
 
@@ -233,8 +235,13 @@ def text_digest(checkpoint: Checkpoint, paired: Path | None) -> str:
     in their space.
     """
     if checkpoint.facts.text_keys is not None:
-        table = digest_of({"embeddings": text_embeddings(checkpoint)})
-        return _combined(table, _tokenizer_digest(checkpoint.path))
+        tensors = {"embeddings": text_embeddings(checkpoint)}
+        if checkpoint.facts.compares == "aligned":  # through the projector, which is then part of it
+            for tensor in stored_tensors(checkpoint.path):
+                _, found, name = tensor.name.partition(_PROJECTOR)
+                if found:
+                    tensors[found + name] = tensor
+        return _combined(digest_of(tensors), _tokenizer_digest(checkpoint.path))
     return digest_of_all(paired) if paired is not None else ""
 
 

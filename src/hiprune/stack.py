@@ -5,7 +5,6 @@ For `make up`, the demo, benchmarks and tests. Everything it starts ends with it
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
 import shutil
@@ -28,8 +27,14 @@ from hiprune.config import EMBEDDED_MODEL
 SERVICES: Final = ("encoder", "pruner", "llm")
 _START_TIMEOUT_S: Final = 300.0
 _STOP_TIMEOUT_S: Final = 40.0
-_PR_SET_PDEATHSIG: Final = 1
-_LIBC: Final = ctypes.CDLL(None) if sys.platform == "linux" else None
+_ENDS_WITH_PARENT: Final = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""On Linux, what a process runs first, so that it ends when the stack is gone, however it went. Not a
+`preexec_fn`: between fork and exec gRPC's own fork handlers run, and now and then abort the child."""
 
 
 class StackError(Exception):
@@ -158,15 +163,15 @@ class Stack:
 
     def _spawn(self, name: str, command: Sequence[str]) -> None:
         self._progress(f"starting {name}")
+        wrapper = [sys.executable, "-S", "-c", _ENDS_WITH_PARENT] if sys.platform == "linux" else []
         with (self._folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(  # noqa: S603  # our own modules, no shell
-                list(command),
+                [*wrapper, *command],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env=self._environ,
                 start_new_session=True,  # Ctrl-C is ours: the stack ends front to back
-                preexec_fn=_end_with_parent,  # noqa: PLW1509  # one system call, no lock
             )
 
     def _wait(self, name: str, ready: Callable[[], bool], timeout_s: float = _START_TIMEOUT_S) -> None:
@@ -179,12 +184,6 @@ class Stack:
                 raise StackError(f"{name}: {why}\n{tail}")
             time.sleep(0.05)
         self._progress(f"{name} is ready")
-
-
-def _end_with_parent() -> None:
-    """In a child, on Linux: SIGTERM when the parent is gone, however it went."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _is_serving(address: str) -> bool:

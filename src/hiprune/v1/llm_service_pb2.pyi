@@ -528,6 +528,7 @@ class MediaReport(_message.Message):
     SUMMARY_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
     cache: _pruner_service_pb2.CacheStatus.ValueType
     """Which level of the cache answered."""
     @_builtins.property
@@ -542,6 +543,10 @@ class MediaReport(_message.Message):
     def timings(self) -> _containers.RepeatedCompositeFieldContainer[_encoder_service_pb2.StageTiming]:
         """Time spent in each stage."""
 
+    @_builtins.property
+    def layout(self) -> _encoder_service_pb2.MediaLayout:
+        """How the views make up the media; of a video, which frames were used."""
+
     def __init__(
         self,
         *,
@@ -549,10 +554,11 @@ class MediaReport(_message.Message):
         summary: _pruner_service_pb2.PruneSummary | None = ...,
         cache: _pruner_service_pb2.CacheStatus.ValueType = ...,
         timings: _abc.Iterable[_encoder_service_pb2.StageTiming] | None = ...,
+        layout: _encoder_service_pb2.MediaLayout | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "summary", b"summary", "timings", b"timings", "views", b"views"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "layout", b"layout", "summary", b"summary", "timings", b"timings", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
