@@ -8,11 +8,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
-from hiprune import tensors
 from hiprune.auth import ANONYMOUS_TENANT
 from hiprune.checkpoints import Checkpoint
 from hiprune.client import call
@@ -25,6 +24,7 @@ from hiprune.v1 import (
     pruner_service_pb2,
     pruner_service_pb2_grpc,
 )
+from services.pruner import guidance
 from services.pruner import policy as policies
 from services.pruner.cache import TenantKeys, TokenCache, media_digest
 from services.pruner.flight import SingleFlight
@@ -248,7 +248,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 f"{self._checkpoint.vision_digest[:12]!r}; send text_vector or similarity instead",
                 field="vision_digest",
             )
-        _require(request.views, self._checkpoint.facts.compares)
+        guidance.require(request.views, self._checkpoint.facts.compares)
         return await self._text_vector(question, policy)
 
     def _guidance_of_tokens(
@@ -263,9 +263,9 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 found = similarities(request.views, vector, space=space, field="question")
                 return Guidance(found, self._text.name)
             case "text_vector":
-                return _guidance_of_vector(request)
+                return guidance.of_vector(request)
             case "similarity":
-                return _guidance_of_similarity(request)
+                return guidance.of_similarity(request)
             case _:
                 return NO_QUESTION
 
@@ -325,34 +325,6 @@ def _answer(
     return response
 
 
-def _guidance_of_vector(request: pruner_service_pb2.PruneTokensRequest) -> Guidance:
-    """The caller's own text vector, (A,) or (1, A)."""
-    shape = (None,) if len(request.text_vector.shape) != 2 else (1, None)
-    vector = tensors.from_proto(request.text_vector, field="text_vector", shape=shape, finite=True).flatten()
-    has_aligned = all(view.HasField("aligned") for view in request.views)
-    space: Literal["aligned", "features"] = "aligned" if has_aligned else "features"
-    _require(request.views, space)
-    return Guidance(similarities(request.views, vector, space=space), "the caller's text vector")
-
-
-def _guidance_of_similarity(request: pruner_service_pb2.PruneTokensRequest) -> Guidance:
-    """The caller's own similarities, one vector (N,) a view."""
-    given = request.similarity.views
-    if len(given) != len(request.views):
-        raise InvalidInput(f"{len(given)} vectors for {len(request.views)} views", field="similarity.views")
-    vectors = [
-        tensors.from_proto(
-            message,
-            field=f"similarity.views[{number}]",
-            shape=(view.grid_height * view.grid_width,),
-            dtypes=(torch.float32,),
-            finite=True,
-        ).numpy()
-        for number, (message, view) in enumerate(zip(given, request.views, strict=True))
-    ]
-    return Guidance(vectors, "the caller's similarity")
-
-
 def _policy_of_tokens(request: pruner_service_pb2.PruneTokensRequest) -> Policy:
     """The policy over a stranger's tokens: the layers default to the lowest and the highest that came."""
     layers = sorted({entry.layer for view in request.views for entry in view.attention}) or [1]
@@ -387,14 +359,3 @@ def _seed_of(views: Iterable[encoder_service_pb2.View]) -> bytes:
     for view in views:
         digest.update(view.features.data or b"".join(entry.scores.data for entry in view.attention))
     return digest.digest()
-
-
-def _require(views: Sequence[encoder_service_pb2.View], name: Literal["aligned", "features"]) -> None:
-    """Raises InvalidInput for the first view without the tensor `name`."""
-    for number, view in enumerate(views):
-        if not view.HasField(name):
-            raise InvalidInput(
-                "is missing, and text guidance compares with it",
-                field=f"views[{number}].{name}",
-                reason="MISSING_FIELD",
-            )

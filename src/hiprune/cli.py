@@ -14,7 +14,7 @@ import typer
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 
-from hiprune.client import Answer, Client
+from hiprune.client import CACHE_WORDS, Answer, Client
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.errors import HipruneError
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
@@ -24,10 +24,6 @@ METHODS: Final = {
     name.removeprefix("METHOD_").lower().replace("_plus_plus", "++"): number
     for name, number in pruner_service_pb2.Method.items()
     if number
-}
-CACHE_WORDS: Final = {
-    number: name.removeprefix("CACHE_STATUS_").lower().replace("_", " ")
-    for name, number in pruner_service_pb2.CacheStatus.items()
 }
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)

@@ -25,6 +25,11 @@ from hiprune.v1 import (
 
 DEFAULT_TIMEOUT_S: Final = 60.0
 MAX_MESSAGE_BYTES: Final = 256 * 2**20
+CACHE_WORDS: Final = {
+    number: name.removeprefix("CACHE_STATUS_").lower().replace("_", " ")
+    for name, number in pruner_service_pb2.CacheStatus.items()
+}
+"""What people call each level of the cache: "miss", "encoded hit", "pruned hit"."""
 
 _SERVICE_CONFIG: Final = json.dumps(
     {

@@ -13,8 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hiprune.cli import CACHE_WORDS
-from hiprune.client import Answer, Client
+from hiprune.client import CACHE_WORDS, Answer, Client
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.overlay import draw_overlay
 from hiprune.stack import Stack
