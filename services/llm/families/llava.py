@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -72,15 +72,22 @@ def load(checkpoint: Checkpoint, config: Any, placement: Placement) -> LlavaAdap
     """The adapter with its projector. `config` is the checkpoint's LlavaConfig. Raises CheckpointError."""
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-    projector = load_module(
-        lambda: LlavaMultiModalProjector(config),
+    projector = load_projector(lambda: LlavaMultiModalProjector(config), checkpoint, placement)
+    return LlavaAdapter(projector, language_part(config), int(config.image_token_id), placement)
+
+
+def load_projector(
+    make: Callable[[], torch.nn.Module], checkpoint: Checkpoint, placement: Placement
+) -> torch.nn.Module:
+    """The projector that `make` builds, with the checkpoint's weights. Raises CheckpointError."""
+    return load_module(
+        make,
         checkpoint.path,
         PROJECTOR_PREFIXES,
         part="projector",
         device=placement.device,
         dtype=placement.dtype,
     )
-    return LlavaAdapter(projector, language_part(config), int(config.image_token_id), placement)
 
 
 def language_part(config: Any) -> LanguagePart:

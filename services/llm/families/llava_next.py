@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from hiprune.checkpoints import Checkpoint
-from hiprune.loading import load_module, read_tensors
+from hiprune.loading import read_tensors
 from services.llm.anyres import AnyresAdapter
-from services.llm.families.llava import PROJECTOR_PREFIXES, language_part
+from services.llm.families.llava import language_part, load_projector
 from services.llm.placement import Placement
 
 
@@ -15,14 +15,7 @@ def load(checkpoint: Checkpoint, config: Any, placement: Placement) -> AnyresAda
     """The adapter with its weights. `config` is the checkpoint's LlavaNextConfig. Raises CheckpointError."""
     from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 
-    projector = load_module(
-        lambda: LlavaNextMultiModalProjector(config),
-        checkpoint.path,
-        PROJECTOR_PREFIXES,
-        part="projector",
-        device=placement.device,
-        dtype=placement.dtype,
-    )
+    projector = load_projector(lambda: LlavaNextMultiModalProjector(config), checkpoint, placement)
     newline = {"image_newline": ("image_newline", "model.image_newline")}
     return AnyresAdapter(
         projector,

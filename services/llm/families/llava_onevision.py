@@ -6,9 +6,9 @@ import re
 from typing import Any
 
 from hiprune.checkpoints import Checkpoint, CheckpointError
-from hiprune.loading import load_module, read_tensors
+from hiprune.loading import read_tensors
 from services.llm.anyres import AnyresAdapter
-from services.llm.families.llava import PROJECTOR_PREFIXES, language_part
+from services.llm.families.llava import language_part, load_projector
 from services.llm.placement import Placement
 
 
@@ -22,14 +22,7 @@ def load(checkpoint: Checkpoint, config: Any, placement: Placement) -> AnyresAda
             f"{checkpoint.path}: config.json: vision_aspect_ratio is {config.vision_aspect_ratio!r}, "
             "expected anyres_max_ and a number of tiles"
         )
-    projector = load_module(
-        lambda: LlavaOnevisionMultiModalProjector(config),
-        checkpoint.path,
-        PROJECTOR_PREFIXES,
-        part="projector",
-        device=placement.device,
-        dtype=placement.dtype,
-    )
+    projector = load_projector(lambda: LlavaOnevisionMultiModalProjector(config), checkpoint, placement)
     newline = {"image_newline": ("image_newline", "model.image_newline")}
     return AnyresAdapter(
         projector,

@@ -10,9 +10,8 @@ import torch
 from hiprune.checkpoints import Checkpoint
 from hiprune.errors import InvalidInput
 from hiprune.families.video_llava import FRAMES
-from hiprune.loading import load_module
 from services.llm.families import LanguagePart, SplicedPrompt, splice_rows
-from services.llm.families.llava import PROJECTOR_PREFIXES, language_part
+from services.llm.families.llava import language_part, load_projector
 from services.llm.placement import Placement
 from services.llm.visual import VisualTokens
 
@@ -76,14 +75,7 @@ def load(checkpoint: Checkpoint, config: Any, placement: Placement) -> VideoLlav
     """The adapter with its projector. `config` is a VideoLlavaConfig. Raises CheckpointError."""
     from transformers.models.video_llava.modeling_video_llava import VideoLlavaMultiModalProjector
 
-    projector = load_module(
-        lambda: VideoLlavaMultiModalProjector(config),
-        checkpoint.path,
-        PROJECTOR_PREFIXES,
-        part="projector",
-        device=placement.device,
-        dtype=placement.dtype,
-    )
+    projector = load_projector(lambda: VideoLlavaMultiModalProjector(config), checkpoint, placement)
     return VideoLlavaAdapter(
         projector,
         language_part(config),
