@@ -1,4 +1,4 @@
-"""A pytest plugin: where CI=true, a test that was skipped turns the run red.
+"""A pytest plugin: skips what wants a GPU where there is none; where CI=true, another skip turns a run red.
 
 A test may only be skipped for want of a GPU or a Docker engine, and says so with the marker `gpu` or
 `docker`. Anything else that is missing is a broken set-up, which a green run would hide.
@@ -18,6 +18,17 @@ ALLOWED: Final = frozenset({"gpu", "docker"})
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("CI") == "true":
         config.pluginmanager.register(SkipsAreFailures(), "skips-are-failures")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    wanting = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not wanting:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in wanting:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 class SkipsAreFailures:

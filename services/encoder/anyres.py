@@ -5,6 +5,7 @@ Shared by the families that tile. Knows no class of transformers: an adapter bri
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from hiprune.anyres import Pinpoints, tiling
 from hiprune.checkpoints import Checkpoint, CheckpointError
 from hiprune.errors import Unsupported
 from hiprune.v1 import encoder_service_pb2
-from services.encoder.attention import ScoreCapture
+from services.encoder import transfers
 from services.encoder.families import EncodedView, Prepared
+from services.encoder.forward import ViewForward
 
 Projection = Callable[[torch.Tensor], torch.Tensor]
 """(N, D) features to (N, A) float16 in the space in which questions are compared."""
@@ -40,9 +42,9 @@ class AnyresTower:
 
         `pinpoints` are the model's; the processor's own must equal them. Raises CheckpointError.
         """
-        parameter = next(model.parameters())
-        self.dtype, self._device = parameter.dtype, parameter.device
         self.model = model
+        self._forward = ViewForward(model, leading=leading)
+        self.dtype = self._forward.dtype
         self._family = checkpoint.facts.family
         self._grid = checkpoint.facts.grid or (0, 0)
         self._tile = int(checkpoint.config["vision_config"]["image_size"])
@@ -54,10 +56,6 @@ class AnyresTower:
         self._processor = processor
         self._projection = projection
         self._leading = leading
-        body: Any = getattr(model, "vision_model", model)  # the name went away within transformers 5
-        self._capture = ScoreCapture(
-            {number: layer.self_attn for number, layer in enumerate(body.encoder.layers, start=1)}
-        )
 
     def prepare(self, image: Image.Image) -> Prepared:
         """V views of one size, (V, 3, h, w)."""
@@ -69,7 +67,8 @@ class AnyresTower:
             tile_rows=tiles.rows,
             tile_columns=tiles.columns,
         )
-        return Prepared(pixels, len(pixels) * self._grid[0] * self._grid[1], layout)
+        cost = len(pixels) * self._grid[0] * self._grid[1]
+        return Prepared(transfers.pin(pixels, self._forward.device), cost, layout)
 
     def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
         """Never called: the family takes no video."""
@@ -80,21 +79,22 @@ class AnyresTower:
         self, items: Sequence[Prepared], layers: Collection[int], aligned: Sequence[bool]
     ) -> list[list[EncodedView]]:
         """The views of each item: base, then tiles. All views of all items go through in one forward."""
-        pixels = torch.cat([item.pixels for item in items]).to(self._device, self.dtype)  # (ΣV, 3, h, w)
-        with self._capture.recording(layers) as scores:
-            hidden = self.model(pixel_values=pixels).last_hidden_state  # (ΣV, P + N, D)
-        features = hidden[:, self._leading :]  # (ΣV, N, D)
-        columns = {layer: found[:, self._leading :].cpu() for layer, found in scores.items()}  # (ΣV, N) each
-        on_host = features.cpu()
+        hidden = self._forward([item.pixels for item in items], layers)  # (ΣV, P + N, D)
+        features = hidden.states[:, self._leading :]  # (ΣV, N, D)
+        ends = list(itertools.accumulate(len(item.pixels) for item in items))
+        views_of = [range(end - len(item.pixels), end) for item, end in zip(items, ends, strict=True)]
+        with transfers.download() as fetch:
+            on_host = fetch(features)
+            columns = {layer: fetch(column) for layer, column in hidden.scores.items()}  # (ΣV, N) each
+            projected = [
+                fetch(self._projection(features[views.start : views.stop].flatten(0, 1)))  # (V · N, A)
+                if wanted and self._projection is not None
+                else None
+                for views, wanted in zip(views_of, aligned, strict=True)
+            ]
         encoded = []
-        start = 0
-        for item, wanted in zip(items, aligned, strict=True):
-            views = range(start, start + len(item.pixels))
-            start = views.stop
-            projected: list[torch.Tensor | None] = [None] * len(views)
-            if wanted and self._projection is not None:
-                rows = self._projection(features[views.start : views.stop].flatten(0, 1))  # (V · N, A)
-                projected = list(rows.cpu().view(len(views), -1, rows.shape[-1]))  # V × (N, A)
+        for item, views, rows in zip(items, views_of, projected, strict=True):
+            likenesses = [None] * len(views) if rows is None else rows.view(len(views), -1, rows.shape[-1])
             size = item.layout.original_height, item.layout.original_width
             tiles = tiling(*size, self._pinpoints, tile=self._tile, side=self._grid[0])
             encoded.append(
@@ -106,10 +106,14 @@ class AnyresTower:
                         aligned=likeness,
                         valid=valid,
                     )
-                    for view, likeness, valid in zip(views, projected, (None, *tiles.valid), strict=True)
+                    for view, likeness, valid in zip(views, likenesses, (None, *tiles.valid), strict=True)
                 ]
             )
         return encoded
+
+    def warm_up(self, layers: Collection[int]) -> None:
+        """See `Tower`."""
+        self._forward.warm_up((3, self._tile, self._tile), layers)
 
 
 def check_pinpoints(pinpoints: Pinpoints, tile: int, path: Path) -> Pinpoints:

@@ -4,7 +4,8 @@
 
 (HiPrune, arXiv 2508.00553v3.) A tower on SDPA never forms A, and eager attention forms it in every layer,
 O(N²) memory each. So the layers of interest, and only those, run an attention function that takes its
-output from SDPA unchanged and, while somebody records, recomputes A piece by piece and keeps the sums.
+output from SDPA unchanged and, while somebody records, recomputes A piece by piece and keeps the sums: in
+chunks that stay in cache on a CPU, by the kernels of `kernels` on a GPU.
 
 Knows transformers' attention interface and nothing of families, images or layers' meaning: whether a row
 belongs to a CLS token, a window or a patch is for the caller to tell.
@@ -13,10 +14,12 @@ belongs to a CLS token, a window or a patch is for the caller to tell.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -25,24 +28,76 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hiprune.errors import InvalidInput, Unsupported
+from services.encoder import kernels, segments
 
-_CAPTURE: Final = "hiprune_capture"
-"""The name of our attention function among transformers' own ("sdpa", "eager", …)."""
+log = logging.getLogger("hiprune.encoder")
+
+DENSE: Final = "hiprune_capture"
+PACKED: Final = "hiprune_flash_capture"
+"""Names of our attention functions among transformers' own ("sdpa", "eager", …). A tower that packs its
+images into one sequence hands the boundaries on to functions with "flash" in their name, and splits for
+others."""
 
 _CPU_CHUNK_BYTES: Final = 4 * 2**20  # stays in cache: four times as fast as the whole matrix at N = 4096
 _GPU_CHUNK_BYTES: Final = 32 * 2**20  # about a data-centre GPU's L2; holds a CLIP-L/336 image whole
 
 
 @torch.no_grad()
-def column_sums(query: Tensor, key: Tensor, *, scaling: float, chunk_bytes: int | None = None) -> Tensor:
+def column_sums(query: Tensor, key: Tensor, *, scaling: float) -> Tensor:
     """Attention that each key receives: softmax, summed over queries, averaged over heads.
 
     query, key  # (B, heads, N, d), any float dtype, any strides
     returns     # (B, N) float32; each image's N scores add up to N
 
-    Equals `eager_column_sums` within 1e-5 relative. Logits, softmax and sums are float32 whatever the
-    inputs are, since sums rounded to bf16 tie. Holds `chunk_bytes` of probabilities at a time, one row of N
-    at least; the default suits the device.
+    Equals `eager_column_sums` within 1e-5 relative, in O(heads · N) memory.
+    """
+    batch, heads, tokens, width = key.shape
+    if not _has_kernel(key):
+        return chunked_column_sums(query, key, scaling=scaling)
+    boundaries = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=key.device)
+    queries, keys = (tensor.transpose(1, 2).reshape(-1, heads, width) for tensor in (query, key))
+    sums = kernels.column_sums(queries, keys, boundaries, scaling=scaling, max_seqlen=tokens)  # (B · N,)
+    return sums.view(batch, tokens)
+
+
+@torch.no_grad()
+def packed_column_sums(
+    query: Tensor,
+    key: Tensor,
+    boundaries: Tensor,
+    *,
+    scaling: float,
+    longest: int,
+    log_sums: Tensor | None = None,
+) -> Tensor:
+    """`column_sums` of S segments one behind the other, each attending within itself.
+
+    query, key  # (n, heads, d)
+    boundaries  # (S + 1,) int32, ascending from 0
+    longest     # rows of the longest segment
+    log_sums    # (heads, n) float32: log-sum-exp of each row's scaled logits, where the forward had it
+    returns     # (n,) float32; each segment's scores add up to its length
+    """
+    if _has_kernel(key):
+        return kernels.column_sums(query, key, boundaries, scaling=scaling, max_seqlen=longest, lse=log_sums)
+    parts = []
+    for run in segments.runs(boundaries):
+        queries, keys = (segments.split(tensor, *run) for tensor in (query, key))  # (count, heads, length, d)
+        parts.append(chunked_column_sums(queries, keys, scaling=scaling).flatten())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def chunked_column_sums(
+    query: Tensor, key: Tensor, *, scaling: float, chunk_bytes: int | None = None
+) -> Tensor:
+    """`column_sums` piece by piece, by matrix products: the way on a CPU, and wherever no kernel runs.
+
+    query, key  # (B, heads, N, d), any float dtype, any strides
+    returns     # (B, N) float32; each image's N scores add up to N
+
+    Logits, softmax and sums are float32 whatever the inputs are, since sums rounded to bf16 tie. Holds
+    `chunk_bytes` of probabilities at a time, one row of N at least; the default suits the device.
     """
     batch, heads, tokens, _ = key.shape
     if chunk_bytes is None:
@@ -68,6 +123,20 @@ def column_sums(query: Tensor, key: Tensor, *, scaling: float, chunk_bytes: int 
     return sums.view(batch, heads, tokens).mean(dim=1)
 
 
+def _has_kernel(key: Tensor) -> bool:
+    width, dtype, device = key.shape[-1], key.dtype, key.device
+    return kernels.supports(width, dtype, device) and _kernel_runs(width, dtype, device)
+
+
+@cache
+def _kernel_runs(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Tries it, once each, and says in the log where scores come from if it does not run."""
+    reason = kernels.probe(device, head_dim=head_dim, dtype=dtype)
+    if reason is not None:
+        log.warning("scores on %s by matrix products, slower than by kernels: %s", device, reason)
+    return reason is None
+
+
 def eager_column_sums(query: Tensor, key: Tensor, *, scaling: float) -> Tensor:
     """`column_sums` as its definition reads, holding all (B, heads, N, N) probabilities. For tests.
 
@@ -83,12 +152,6 @@ class _Recording:
     layer_of: Mapping[nn.Module, int]
     scores: dict[int, Tensor]  # layer -> (B, N)
 
-    def add(self, module: nn.Module, sums: Tensor) -> None:
-        """Keep one call's sums (B, n); those of further calls of one module go behind it along N."""
-        layer = self.layer_of[module]
-        earlier = self.scores.get(layer)
-        self.scores[layer] = sums if earlier is None else torch.cat((earlier, sums), dim=-1)
-
 
 # A context variable and not an argument, as SigLIP's attention passes no keyword arguments on; and one per
 # thread, so that concurrent forwards of one tower do not mix.
@@ -99,31 +162,31 @@ class ScoreCapture:
     """Records the scores of a tower's layers while it runs, on request.
 
     `attention_modules` maps 1-based layers to the modules that call the attention interface (CLIP and
-    SigLIP: `encoder.layers[i].self_attn`; Qwen2.5-VL: `blocks[i].attn`). Those modules are changed for good:
-    they run SDPA through our function, which costs nothing and changes no bit of any output; the tower's
-    other modules are left as they are.
+    SigLIP: `encoder.layers[i].self_attn`; Qwen2.5-VL: `blocks[i].attn`, `packed`). Those modules are changed
+    for good: they run SDPA through our function, which changes no bit of any output where they are not
+    packed; the tower's other modules are left as they are.
 
         with capture.recording({9, 23}) as scores:
             hidden = tower(pixels)
         scores[9]  # (B, N) float32
     """
 
-    def __init__(self, attention_modules: Mapping[int, nn.Module]) -> None:
-        AttentionInterface.register(_CAPTURE, _attention)
+    def __init__(self, attention_modules: Mapping[int, nn.Module], *, packed: bool = False) -> None:
+        AttentionInterface.register(DENSE, _dense_attention)
+        AttentionInterface.register(PACKED, _packed_attention)
         self._modules = dict(attention_modules)
         for module in self._modules.values():
             # All modules of a tower share one config, which names the attention function: a marked module
             # gets its own. Not the public setter, which asks the model for permission.
             config: Any = copy.copy(module.config)
-            config._attn_implementation_internal = _CAPTURE
+            config._attn_implementation_internal = PACKED if packed else DENSE
             module.config = config
 
     @contextmanager
     def recording(self, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
         """Scores by layer, filled by one forward that this thread runs inside the block.
 
-        yields  # {layer: (B, N) float32}; a module called once per chunk of a packed sequence (Qwen2.5-VL,
-                # B = 1) gives its chunks' scores one behind the other, in call order
+        yields  # {layer: (B, N) float32}; of a packed sequence (1, n), in the order of its rows
 
         Raises `InvalidInput` for a layer that was not given at construction. Raises `Unsupported`, from the
         forward, where attention is masked: no tower here masks, and the scores would be wrong.
@@ -140,7 +203,17 @@ class ScoreCapture:
             _recording.reset(token)
 
 
-def _attention(
+def _recorded(module: nn.Module, attention_mask: Tensor | None) -> tuple[dict[int, Tensor], int] | None:
+    """Where this call's scores go, and under which layer; None: nobody asks. Raises Unsupported."""
+    recording = _recording.get()
+    if recording is None or module not in recording.layer_of:
+        return None
+    if attention_mask is not None:
+        raise Unsupported("scores of masked attention")
+    return recording.scores, recording.layer_of[module]
+
+
+def _dense_attention(
     module: nn.Module,
     query: Tensor,  # (B, heads, N, d)
     key: Tensor,  # (B, heads, N, d)
@@ -151,13 +224,41 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """SDPA, and the scores of `module` where they are asked for."""
-    recording = _recording.get()
-    if recording is not None and module in recording.layer_of:
-        if attention_mask is not None:
-            raise Unsupported("scores of masked attention")
+    if (place := _recorded(module, attention_mask)) is not None:
+        scores, layer = place
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        recording.add(module, column_sums(query, key, scaling=factor))
+        scores[layer] = column_sums(query, key, scaling=factor)
     output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
     return output
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, n, d)
+    key: Tensor,  # (1, heads, n, d)
+    value: Tensor,  # (1, heads, n, d)
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,  # (S + 1,) int32
+    max_length_q: int,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each segment, and the scores of `module` where they are asked for."""
+    queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (n, heads, d)
+    log_sums = None
+    if segments.has_flash(query):
+        output, log_sums = segments.flash_attend(
+            queries, keys, values, cu_seq_lens_q, longest=max_length_q, scaling=scaling
+        )
+    else:
+        output = segments.attend(queries, keys, values, cu_seq_lens_q, scaling=scaling)
+    if (place := _recorded(module, attention_mask)) is not None:
+        scores, layer = place
+        sums = packed_column_sums(
+            queries, keys, cu_seq_lens_q, scaling=scaling, longest=max_length_q, log_sums=log_sums
+        )
+        scores[layer] = sums.unsqueeze(0)
+    return output.unsqueeze(0), None  # (1, n, heads, d)

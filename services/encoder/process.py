@@ -8,14 +8,13 @@ from collections.abc import Sequence
 
 import grpc
 import torch
-from PIL import Image
 
 from hiprune import checkpoints, tensors
 from hiprune.checkpoints import Checkpoint
 from hiprune.config import ConfigError
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc
 from services.encoder.engine import VisionEngine
-from services.encoder.families import Tower, load_tower
+from services.encoder.families import BLANK, Tower, load_tower
 from services.encoder.service import EncoderServicer
 from services.encoder.settings import Settings
 
@@ -67,8 +66,9 @@ def _load(settings: Settings) -> tuple[Checkpoint, encoder_service_pb2.ModelFing
     )
     tower = load_tower(checkpoint, paired, device, dtype)
     # the first forward picks kernels and allocates; better now than in somebody's request
-    blank = tower.prepare(Image.new("RGB", (64, 64)))
-    tower.encode([blank], {facts.object_layer, facts.deep_layer}, [bool(fingerprint.paired_digest)])
+    layers = {facts.object_layer, facts.deep_layer}
+    tower.warm_up(layers)
+    tower.encode([tower.prepare(BLANK)], layers, [bool(fingerprint.paired_digest)])
     return checkpoint, fingerprint, tower
 
 

@@ -16,10 +16,7 @@ from services.encoder import kernels
 from services.encoder.attention import eager_column_sums
 from services.encoder.kernels import column_sums
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 HALVES = (torch.bfloat16, torch.float16)

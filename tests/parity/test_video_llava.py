@@ -234,7 +234,7 @@ def test_features_and_scores_equal_the_eager_towers_in_a_batch_of_images_and_vid
 
 def test_the_layers_behind_the_feature_layer_are_not_loaded(tower):
     for each in (tower.image_tower, tower.video_tower):
-        names = [name.split(".") for name, _ in each.model.named_parameters()]
+        names = [name.split(".") for name, _ in each.named_parameters()]
         layers = {int(name[name.index("layers") + 1]) for name in names if "layers" in name}
         assert layers == set(range(DEEP))
 

@@ -1,5 +1,6 @@
 """Scores captured beside SDPA are those of eager attention, cost no matrix, and disturb nothing."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,7 +15,13 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionAttention
 
 from hiprune.errors import InvalidInput, Unsupported
-from services.encoder.attention import ScoreCapture, column_sums, eager_column_sums
+from services.encoder import segments
+from services.encoder.attention import (
+    ScoreCapture,
+    chunked_column_sums,
+    column_sums,
+    eager_column_sums,
+)
 
 LAYERS = 4
 TOKENS = 26  # 5 × 5 patches and CLS
@@ -94,7 +101,7 @@ def test_column_sums_equal_the_eager_reference(batch: int, heads: int, tokens: i
 @pytest.mark.parametrize("chunk_bytes", [0, 4 * 50, 4 * 50 * 7, 4 * 50 * 50 * 2, 2**30])
 def test_scores_do_not_depend_on_the_chunk_size(chunk_bytes: int) -> None:
     query, key = random_heads(2, 3, 50, 64)  # one row, seven rows, two of six heads, everything
-    sums = column_sums(query, key, scaling=0.125, chunk_bytes=chunk_bytes)
+    sums = chunked_column_sums(query, key, scaling=0.125, chunk_bytes=chunk_bytes)
     torch.testing.assert_close(sums, eager_column_sums(query, key, scaling=0.125), rtol=1e-5, atol=0)
 
 
@@ -133,7 +140,7 @@ def test_no_tensor_of_all_heads_and_query_key_pairs_is_allocated() -> None:
         column_sums(query, key, scaling=0.125)
     assert seen.numel <= max(4 * 2**20 // 4, query.numel())
     with LargestTensor() as frugal:  # type: ignore[no-untyped-call]
-        column_sums(query, key, scaling=0.125, chunk_bytes=577 * 577)
+        chunked_column_sums(query, key, scaling=0.125, chunk_bytes=577 * 577)
     assert frugal.numel == query.numel()  # nothing is larger than the inputs
 
 
@@ -229,25 +236,55 @@ def test_threads_that_record_at_once_do_not_mix(tower: CLIPVisionModel) -> None:
             torch.testing.assert_close(together[who][layer], alone[who][layer])
 
 
-def test_chunks_of_a_packed_sequence_are_scored_each_for_itself_and_joined() -> None:
+def packed_attention() -> tuple[Qwen2_5_VLVisionAttention, ScoreCapture]:
     torch.manual_seed(0)
     config = Qwen2_5_VLVisionConfig(hidden_size=64, num_heads=2, attn_implementation="sdpa")
     module = Qwen2_5_VLVisionAttention(config).requires_grad_(False)
-    capture = ScoreCapture({7: module})
-    lengths = [8, 4, 12]
-    hidden = torch.randn(sum(lengths), 64)
-    angles = torch.randn(sum(lengths), 32)
+    return module, ScoreCapture({7: module}, packed=True)
 
-    def score(start: int, stop: int, cu_seqlens: list[int]) -> Tensor:
-        rotary = (angles[start:stop].cos(), angles[start:stop].sin())
+
+PACKED_LENGTHS = [8, 8, 8, 4, 12, 12, 1, 8]
+
+
+def packed_rows(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    total = sum(lengths)
+    angles = torch.randn(total, 32)
+    boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return torch.randn(total, 64), angles.cos(), angles.sin(), boundaries
+
+
+def test_segments_of_a_packed_sequence_attend_and_score_each_for_itself() -> None:
+    module, capture = packed_attention()
+    hidden, cosine, sine, boundaries = packed_rows(PACKED_LENGTHS)
+
+    def run(start: int, stop: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        rotary = (cosine[start:stop], sine[start:stop])
         with capture.recording([7]) as scores:
-            module(hidden[start:stop], torch.tensor(cu_seqlens), position_embeddings=rotary)
-        return scores[7]
+            output = module(hidden[start:stop], cu_seqlens, position_embeddings=rotary)
+        return output, scores[7]
 
-    packed = score(0, 24, [0, 8, 12, 24])
-    each = [score(0, 8, [0, 8]), score(8, 12, [0, 4]), score(12, 24, [0, 12])]
-    assert packed.shape == (1, 24)
-    torch.testing.assert_close(packed, torch.cat(each, dim=-1))
+    output, scores = run(0, len(hidden), boundaries)
+    assert scores.shape == (1, len(hidden))
+    for start, stop in itertools.pairwise(boundaries.tolist()):
+        alone, own = run(start, stop, torch.tensor([0, stop - start], dtype=torch.int32))
+        torch.testing.assert_close(output[start:stop], alone)
+        torch.testing.assert_close(scores[:, start:stop], own)
+        torch.testing.assert_close(own.sum(), torch.tensor(float(stop - start)))
+
+
+def test_packed_attention_equals_the_stock_module() -> None:
+    module, _ = packed_attention()
+    hidden, cosine, sine, boundaries = packed_rows(PACKED_LENGTHS)
+    ours = module(hidden, boundaries, position_embeddings=(cosine, sine))
+    module.config._attn_implementation_internal = "sdpa"
+    stock = module(hidden, boundaries, position_embeddings=(cosine, sine))
+    torch.testing.assert_close(ours, stock)
+
+
+def test_neighbouring_segments_of_one_length_make_one_run() -> None:
+    boundaries = packed_rows(PACKED_LENGTHS)[3]
+    assert list(segments.runs(boundaries)) == [(0, 3, 8), (24, 1, 4), (28, 2, 12), (52, 1, 1), (53, 1, 8)]
 
 
 def test_a_layer_that_was_not_marked_is_refused_by_name(tower: CLIPVisionModel) -> None:

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from PIL import Image
@@ -17,12 +17,15 @@ from PIL import Image
 from hiprune.checkpoints import Checkpoint
 from hiprune.v1 import encoder_service_pb2
 
+BLANK: Final = Image.new("RGB", (64, 64))
+"""What towers warm up on."""
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """One media item, ready for the tower, still on the CPU."""
 
-    pixels: torch.Tensor  # float32; (V, 3, h, w), or as the family packs its patches
+    pixels: torch.Tensor  # float32, pinned for a GPU; (V, 3, h, w), or as the family packs its patches
     patches: int
     """What it costs: tokens that the tower will compute."""
     layout: encoder_service_pb2.MediaLayout = field(default_factory=encoder_service_pb2.MediaLayout)
@@ -59,6 +62,9 @@ class Tower(Protocol):
         self, items: Sequence[Prepared], layers: Collection[int], aligned: Sequence[bool]
     ) -> list[list[EncodedView]]:
         """The views of each item, on the CPU. `aligned` says for each item whether it is wanted."""
+
+    def warm_up(self, layers: Collection[int]) -> None:
+        """Runs what requests will run, recording `layers`: the first forward picks kernels and allocates."""
 
 
 def load_tower(

@@ -13,9 +13,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from hiprune.checkpoints import Checkpoint, image_processor_settings
 from hiprune.errors import Unsupported
 from hiprune.loading import load_part
+from services.encoder import transfers
 from services.encoder.aligned import AlignedProjection
-from services.encoder.attention import ScoreCapture
-from services.encoder.families import EncodedView, Prepared
+from services.encoder.families import BLANK, EncodedView, Prepared
+from services.encoder.forward import ViewForward
 
 
 class ClipTower:
@@ -34,7 +35,6 @@ class ClipTower:
         config.num_hidden_layers = facts.deep_layer
         config._attn_implementation = "sdpa"
         self.dtype = dtype
-        self._device = device
         self._grid = facts.grid or (0, 0)
         self.model = load_part(
             CLIPVisionModel,
@@ -44,11 +44,8 @@ class ClipTower:
             key_mapping={facts.vision_keys.pattern: ""},
             dtype=dtype,
         ).to(device)
+        self._forward = ViewForward(self.model, leading=1)
         self._projection = projection
-        body = getattr(self.model, "vision_model", self.model)  # the name went away within transformers 5
-        self._capture = ScoreCapture(
-            {number: layer.self_attn for number, layer in enumerate(body.encoder.layers, start=1)}
-        )
         settings = image_processor_settings(checkpoint.path)
         settings.pop("image_processor_type", None)
         # PIL's resize and not torchvision's: they differ in the last bit, and tokens must not
@@ -58,7 +55,7 @@ class ClipTower:
         """One view, (1, 3, h, w)."""
         pixels = self._processor(image, return_tensors="pt")["pixel_values"]
         height, width = self._grid
-        return Prepared(pixels, height * width)
+        return Prepared(transfers.pin(pixels, self._forward.device), height * width)
 
     def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
         """Never called: the family takes no video."""
@@ -69,25 +66,31 @@ class ClipTower:
         self, items: Sequence[Prepared], layers: Collection[int], aligned: Sequence[bool]
     ) -> list[list[EncodedView]]:
         """One view an item; B items in one forward."""
-        pixels = torch.cat([item.pixels for item in items]).to(self._device, self.dtype)  # (B, 3, h, w)
-        with self._capture.recording(layers) as scores:
-            hidden = self.model(pixel_values=pixels).last_hidden_state  # (B, 1 + N, D), CLS first
-        features = hidden[:, 1:]  # (B, N, D)
-        columns = {layer: found[:, 1:].cpu() for layer, found in scores.items()}  # (B, N) each
-        on_host = features.cpu()
-        views = []
-        for number, wanted in enumerate(aligned):
-            projected = None
-            if wanted and self._projection is not None:
-                projected = self._projection(features[number]).cpu()
-            view = EncodedView(
-                features=on_host[number],
-                scores={layer: found[number] for layer, found in columns.items()},
-                grid=self._grid,
-                aligned=projected,
-            )
-            views.append([view])
-        return views
+        hidden = self._forward([item.pixels for item in items], layers)  # (B, 1 + N, D), CLS first
+        features = hidden.states[:, 1:]  # (B, N, D)
+        with transfers.download() as fetch:
+            on_host = fetch(features)
+            columns = {layer: fetch(column) for layer, column in hidden.scores.items()}  # (B, N) each
+            projected = {
+                number: fetch(self._projection(features[number]))  # (N, A)
+                for number, wanted in enumerate(aligned)
+                if wanted and self._projection is not None
+            }
+        return [
+            [
+                EncodedView(
+                    features=on_host[number],
+                    scores={layer: column[number] for layer, column in columns.items()},
+                    grid=self._grid,
+                    aligned=projected.get(number),
+                )
+            ]
+            for number in range(len(items))
+        ]
+
+    def warm_up(self, layers: Collection[int]) -> None:
+        """See `Tower`."""
+        self._forward.warm_up(self.prepare(BLANK).pixels.shape[1:], layers)
 
 
 def load(checkpoint: Checkpoint, paired: Path | None, device: torch.device, dtype: torch.dtype) -> ClipTower:

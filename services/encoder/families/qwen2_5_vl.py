@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from PIL import Image
@@ -21,8 +21,13 @@ from hiprune.checkpoints import Checkpoint, image_processor_settings, read_json
 from hiprune.errors import InvalidInput
 from hiprune.loading import load_part
 from hiprune.v1 import encoder_service_pb2
-from services.encoder.attention import ScoreCapture
-from services.encoder.families import EncodedView, Prepared
+from services.encoder import transfers
+from services.encoder.attention import PACKED, ScoreCapture
+from services.encoder.families import BLANK, EncodedView, Prepared
+
+_SMALL_SIDE: Final = 64
+_LARGE_SIDE: Final = 1344
+"""Pixels a side of the images to warm up on."""
 
 
 class QwenTower:
@@ -43,10 +48,12 @@ class QwenTower:
             key_mapping={facts.vision_keys.pattern: ""},
             dtype=dtype,
         ).to(device)
+        # without it, every layer would ask the device for its longest segment, and wait
+        self.model.config._attn_implementation_internal = PACKED
         # Blocks of windows too: a token then scores what it receives from its own window, as no attention
         # reaches it from beyond.
         self._capture = ScoreCapture(
-            {number: block.attn for number, block in enumerate(self.model.blocks, start=1)}
+            {number: block.attn for number, block in enumerate(self.model.blocks, start=1)}, packed=True
         )
         # PIL's resize and not torchvision's, as in every family
         self._image_processor = _processor(image_processor_settings(checkpoint.path))
@@ -84,23 +91,24 @@ class QwenTower:
         """Media of any sizes in one forward. There is no paired text encoder, so nothing is ever aligned."""
         merge = self._merge
         grids = [tuple(item.pixels.shape[:3]) for item in items]  # T, H, W in merged tokens
-        patches = torch.cat([item.pixels.flatten(0, 3) for item in items])  # (n, P)
+        patches = [item.pixels.flatten(0, 3) for item in items]  # (nᵢ, P) each
         grid_thw = torch.tensor(
             [(slices, height * merge, width * merge) for slices, height, width in grids], device=self._device
         )
         with self._capture.recording(layers) as scores:
-            output = self.model(patches.to(self._device, self.dtype), grid_thw=grid_thw)
-        features = output.pooler_output.cpu()  # (N, D), row-major: the tower has undone its permutation
+            output = self.model(transfers.to_device(patches, self._device, self.dtype), grid_thw=grid_thw)
         # Inside the tower, tokens stand window by window, so scores of windows and of whole slices alike come
         # in that order, four patches of a merged token side by side.
         window_index, _ = get_vision_window_index(
             grid_thw, merge, window_size=self.model.window_size, patch_size=self.model.patch_size
         )
-        row_major = torch.argsort(window_index)  # (N,)
-        merged = {
-            layer: found[0].view(-1, merge * merge).mean(dim=-1).cpu()[row_major.cpu()]  # (N,)
-            for layer, found in scores.items()
-        }
+        row_major = torch.argsort(window_index).to(self._device)  # (N,)
+        with transfers.download() as fetch:
+            features = fetch(output.pooler_output)  # (N, D), row-major: the tower has undone its permutation
+            merged = {
+                layer: fetch(column[0].view(-1, merge * merge).mean(dim=-1)[row_major])  # (N,)
+                for layer, column in scores.items()
+            }
         result = []
         start = 0
         for slices, height, width in grids:
@@ -117,6 +125,12 @@ class QwenTower:
                 )
             result.append(views)
         return result
+
+    def warm_up(self, layers: Collection[int]) -> None:
+        """See `Tower`. Once with a small image, and on a GPU with a large one, which takes other kernels."""
+        sides = (_SMALL_SIDE, _LARGE_SIDE) if self._device.type == "cuda" else (_SMALL_SIDE,)
+        for side in sides:
+            self.encode([self.prepare(BLANK.resize((side, side)))], layers, [False])
 
     def _patches(
         self, processor: Any, images: Sequence[Image.Image], field: str
@@ -139,7 +153,9 @@ class QwenTower:
         """Patches in a shape that says their grid. `height` and `width` count patches."""
         merge = self._merge
         pixels = patches.view(-1, height // merge, width // merge, merge * merge, patches.shape[1])
-        return Prepared(pixels, len(patches), layout or encoder_service_pb2.MediaLayout())
+        return Prepared(
+            transfers.pin(pixels, self._device), len(patches), layout or encoder_service_pb2.MediaLayout()
+        )
 
 
 def load(checkpoint: Checkpoint, paired: Path | None, device: torch.device, dtype: torch.dtype) -> QwenTower:

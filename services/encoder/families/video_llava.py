@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from PIL import Image
@@ -21,44 +21,29 @@ from hiprune.checkpoints import Checkpoint, image_processor_settings
 from hiprune.families.video_llava import sampled_frames
 from hiprune.loading import load_module, load_part
 from hiprune.v1 import encoder_service_pb2
-from services.encoder.attention import ScoreCapture
-from services.encoder.families import EncodedView, Prepared
+from services.encoder import transfers
+from services.encoder.families import BLANK, EncodedView, Prepared
+from services.encoder.forward import ViewForward
 
 _PROJECTOR_PREFIXES: Final = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 
-class FrameTower:
-    """One of the two CLIP towers, up to the feature layer."""
-
-    def __init__(self, checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype) -> None:
-        """Loads the tower that the checkpoint calls `name`. Raises CheckpointError."""
-        config = CLIPVisionConfig(**checkpoint.config["vision_config"])
-        # with the layers behind it never loaded, the last hidden state is the feature
-        config.num_hidden_layers = checkpoint.facts.deep_layer
-        config._attn_implementation = "sdpa"
-        self.model: Any = load_part(
-            CLIPVisionModel,
-            checkpoint.path,
-            part=name.replace("_", " "),
-            config=config,
-            key_mapping={rf"^(?:model\.)?{name}\.(?:vision_model\.)?": ""},
-            dtype=dtype,
-        ).to(device)
-        body = getattr(self.model, "vision_model", self.model)  # the name went away within transformers 5
-        self._capture = ScoreCapture(
-            {number: layer.self_attn for number, layer in enumerate(body.encoder.layers, start=1)}
-        )
-
-    def __call__(
-        self, pixels: torch.Tensor, layers: Collection[int]
-    ) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
-        """(B, 3, h, w) to features (B, 1 + N, D), CLS first, and each layer's scores (B, N) of the grid.
-
-        The CLS counts among the queries; its own column is dropped.
-        """
-        with self._capture.recording(layers) as scores:
-            hidden: torch.Tensor = self.model(pixel_values=pixels).last_hidden_state
-        return hidden, {layer: found[:, 1:] for layer, found in scores.items()}
+def load_frames_tower(
+    checkpoint: Checkpoint, name: str, device: torch.device, dtype: torch.dtype
+) -> CLIPVisionModel:
+    """One of the two CLIP towers, up to the feature layer. Raises CheckpointError."""
+    config = CLIPVisionConfig(**checkpoint.config["vision_config"])
+    # with the layers behind it never loaded, the last hidden state is the feature
+    config.num_hidden_layers = checkpoint.facts.deep_layer
+    config._attn_implementation = "sdpa"
+    return load_part(
+        CLIPVisionModel,
+        checkpoint.path,
+        part=name.replace("_", " "),
+        config=config,
+        key_mapping={rf"^(?:model\.)?{name}\.(?:vision_model\.)?": ""},
+        dtype=dtype,
+    ).to(device)
 
 
 class VideoLlavaTowers:
@@ -66,10 +51,10 @@ class VideoLlavaTowers:
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._device = device
         self._grid = checkpoint.facts.grid or (0, 0)
-        self.image_tower = FrameTower(checkpoint, "image_tower", device, dtype)
-        self.video_tower = FrameTower(checkpoint, "video_tower", device, dtype)
+        self.image_tower = load_frames_tower(checkpoint, "image_tower", device, dtype)
+        self.video_tower = load_frames_tower(checkpoint, "video_tower", device, dtype)
+        self._forwards = tuple(ViewForward(each, leading=1) for each in (self.image_tower, self.video_tower))
         config = VideoLlavaConfig.from_pretrained(checkpoint.path, local_files_only=True)
         self._projector = load_module(
             lambda: VideoLlavaMultiModalProjector(config),
@@ -86,7 +71,7 @@ class VideoLlavaTowers:
     def prepare(self, image: Image.Image) -> Prepared:
         """One view, (1, 3, h, w)."""
         height, width = self._grid
-        return Prepared(self._pixels([image]), height * width)
+        return Prepared(self._pinned(self._pixels([image])), height * width)
 
     def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
         """8 views, (8, 3, h, w); the layout says of which frames. The model knows no rate."""
@@ -96,7 +81,10 @@ class VideoLlavaTowers:
         pixels = self._pixels([frames[number] for number in distinct])
         pixels = pixels[[distinct.index(number) for number in chosen]]
         layout = encoder_service_pb2.MediaLayout(video=True, sampled_frames=chosen)
-        return Prepared(pixels, len(chosen) * (height * width + 1), layout)
+        return Prepared(self._pinned(pixels), len(chosen) * (height * width + 1), layout)
+
+    def _pinned(self, pixels: torch.Tensor) -> torch.Tensor:
+        return transfers.pin(pixels, self._forwards[0].device)
 
     def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
         """(F, 3, h, w) float32 of F images.
@@ -116,17 +104,16 @@ class VideoLlavaTowers:
     ) -> list[list[EncodedView]]:
         """One view an image, 8 a video; one forward for all images and one for all frames."""
         encoded: list[list[EncodedView]] = [[] for _ in items]
-        for is_video, tower in ((False, self.image_tower), (True, self.video_tower)):
+        for is_video, forward in enumerate(self._forwards):
             places = [place for place, item in enumerate(items) if item.layout.video == is_video]
             if not places:
                 continue
-            pixels = torch.cat([items[place].pixels for place in places]).to(self._device, self.dtype)
-            hidden, scores = tower(pixels, layers)  # (ΣV, 1 + N, D), {layer: (ΣV, N)}
+            hidden = forward([items[place].pixels for place in places], layers)  # (ΣV, 1 + N, D)
             start = 0
             for place in places:
                 part = slice(start, start + len(items[place].pixels))
-                own = {layer: found[part] for layer, found in scores.items()}
-                encoded[place] = self._views(hidden[part], own, is_video, aligned[place])
+                own = {layer: column[part] for layer, column in hidden.scores.items()}
+                encoded[place] = self._views(hidden.states[part], own, bool(is_video), aligned[place])
                 start = part.stop
         return encoded
 
@@ -134,9 +121,10 @@ class VideoLlavaTowers:
         self, hidden: torch.Tensor, scores: Mapping[int, torch.Tensor], is_video: bool, aligned: bool
     ) -> list[EncodedView]:
         """The views of one media item, of its (V, 1 + N, D) features and (V, N) scores."""
-        on_host = hidden.cpu()
-        columns = {layer: found.cpu() for layer, found in scores.items()}
-        projected = self._aligned(hidden[:, 1:]).cpu() if aligned else None  # (V, N, H)
+        with transfers.download() as fetch:
+            on_host = fetch(hidden)
+            columns = {layer: fetch(column) for layer, column in scores.items()}
+            projected = fetch(self._aligned(hidden[:, 1:])) if aligned else None  # (V, N, H)
         return [
             EncodedView(
                 features=tokens[1:],
@@ -148,6 +136,11 @@ class VideoLlavaTowers:
             )
             for number, tokens in enumerate(on_host)
         ]
+
+    def warm_up(self, layers: Collection[int]) -> None:
+        """See `Tower`."""
+        for forward in self._forwards:
+            forward.warm_up(self._pixels([BLANK]).shape[1:], layers)
 
     def _aligned(self, features: torch.Tensor) -> torch.Tensor:
         """(…, D) to (…, H) float16, each row of length 1: where the language model would see the token."""
