@@ -27,7 +27,7 @@ from hiprune.v1 import media_pb2 as hiprune_dot_v1_dot_media__pb2
 from hiprune.v1 import tensor_pb2 as hiprune_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n hiprune/v1/encoder_service.proto\x12\nhiprune.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16hiprune/v1/media.proto\x1a\x17hiprune/v1/tensor.proto\"W\n\x12\x45ncodeImageRequest\x12 \n\x05media\x18\x01 \x01(\x0b\x32\x11.hiprune.v1.Media\x12\x0e\n\x06layers\x18\x02 \x03(\x05\x12\x0f\n\x07\x61ligned\x18\x03 \x01(\x08\"\xbc\x01\n\x13\x45ncodeImageResponse\x12\x1f\n\x05views\x18\x01 \x03(\x0b\x32\x10.hiprune.v1.View\x12\x31\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1c.hiprune.v1.ModelFingerprint\x12(\n\x07timings\x18\x03 \x03(\x0b\x32\x17.hiprune.v1.StageTiming\x12\'\n\x06layout\x18\x04 \x01(\x0b\x32\x17.hiprune.v1.MediaLayout\"\xa9\x01\n\x0bMediaLayout\x12\r\n\x05video\x18\x01 \x01(\x08\x12\x17\n\x0foriginal_height\x18\x02 \x01(\x05\x12\x16\n\x0eoriginal_width\x18\x03 \x01(\x05\x12\x11\n\ttile_rows\x18\x04 \x01(\x05\x12\x14\n\x0ctile_columns\x18\x05 \x01(\x05\x12\x16\n\x0esampled_frames\x18\x06 \x03(\x05\x12\x19\n\x11seconds_per_slice\x18\x07 \x01(\x01\"\x8d\x02\n\x04View\x12$\n\x08\x66\x65\x61tures\x18\x01 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12+\n\x0fprefix_features\x18\x02 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12#\n\x07\x61ligned\x18\x03 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12-\n\tattention\x18\x04 \x03(\x0b\x32\x1a.hiprune.v1.LayerAttention\x12\x13\n\x0bgrid_height\x18\x05 \x01(\x05\x12\x12\n\ngrid_width\x18\x06 \x01(\x05\x12\r\n\x05\x66rame\x18\x07 \x01(\x05\x12&\n\x05valid\x18\x08 \x01(\x0b\x32\x17.hiprune.v1.ValidRegion\"G\n\x0bValidRegion\x12\x0b\n\x03top\x18\x01 \x01(\x05\x12\x0c\n\x04left\x18\x02 \x01(\x05\x12\x0e\n\x06height\x18\x03 \x01(\x05\x12\r\n\x05width\x18\x04 \x01(\x05\"C\n\x0eLayerAttention\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\"\n\x06scores\x18\x02 \x01(\x0b\x32\x12.hiprune.v1.Tensor\"\x13\n\x11GetEncoderRequest\"G\n\x12GetEncoderResponse\x12\x31\n\x0b\x66ingerprint\x18\x01 \x01(\x0b\x32\x1c.hiprune.v1.ModelFingerprint\"\xb8\x01\n\x10ModelFingerprint\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12\x15\n\rvision_digest\x18\x02 \x01(\t\x12\x1c\n\x14preprocessing_digest\x18\x03 \x01(\t\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.hiprune.v1.DataType\x12\x13\n\x0bhidden_size\x18\x05 \x01(\x05\x12\x0e\n\x06layers\x18\x06 \x01(\x05\x12\x15\n\rpaired_digest\x18\x07 \x01(\t\"I\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration2\xad\x01\n\x0e\x45ncoderService\x12N\n\x0b\x45ncodeImage\x12\x1e.hiprune.v1.EncodeImageRequest\x1a\x1f.hiprune.v1.EncodeImageResponse\x12K\n\nGetEncoder\x12\x1d.hiprune.v1.GetEncoderRequest\x1a\x1e.hiprune.v1.GetEncoderResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n hiprune/v1/encoder_service.proto\x12\nhiprune.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16hiprune/v1/media.proto\x1a\x17hiprune/v1/tensor.proto\"t\n\x12\x45ncodeImageRequest\x12 \n\x05media\x18\x01 \x01(\x0b\x32\x11.hiprune.v1.Media\x12\x0e\n\x06layers\x18\x02 \x03(\x05\x12\x0f\n\x07\x61ligned\x18\x03 \x01(\x08\x12\x1b\n\x13shared_memory_token\x18\x04 \x01(\t\"\xd9\x01\n\x13\x45ncodeImageResponse\x12\x1f\n\x05views\x18\x01 \x03(\x0b\x32\x10.hiprune.v1.View\x12\x31\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1c.hiprune.v1.ModelFingerprint\x12(\n\x07timings\x18\x03 \x03(\x0b\x32\x17.hiprune.v1.StageTiming\x12\'\n\x06layout\x18\x04 \x01(\x0b\x32\x17.hiprune.v1.MediaLayout\x12\x1b\n\x13shared_memory_probe\x18\x05 \x01(\t\"\xa9\x01\n\x0bMediaLayout\x12\r\n\x05video\x18\x01 \x01(\x08\x12\x17\n\x0foriginal_height\x18\x02 \x01(\x05\x12\x16\n\x0eoriginal_width\x18\x03 \x01(\x05\x12\x11\n\ttile_rows\x18\x04 \x01(\x05\x12\x14\n\x0ctile_columns\x18\x05 \x01(\x05\x12\x16\n\x0esampled_frames\x18\x06 \x03(\x05\x12\x19\n\x11seconds_per_slice\x18\x07 \x01(\x01\"\x8d\x02\n\x04View\x12$\n\x08\x66\x65\x61tures\x18\x01 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12+\n\x0fprefix_features\x18\x02 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12#\n\x07\x61ligned\x18\x03 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12-\n\tattention\x18\x04 \x03(\x0b\x32\x1a.hiprune.v1.LayerAttention\x12\x13\n\x0bgrid_height\x18\x05 \x01(\x05\x12\x12\n\ngrid_width\x18\x06 \x01(\x05\x12\r\n\x05\x66rame\x18\x07 \x01(\x05\x12&\n\x05valid\x18\x08 \x01(\x0b\x32\x17.hiprune.v1.ValidRegion\"G\n\x0bValidRegion\x12\x0b\n\x03top\x18\x01 \x01(\x05\x12\x0c\n\x04left\x18\x02 \x01(\x05\x12\x0e\n\x06height\x18\x03 \x01(\x05\x12\r\n\x05width\x18\x04 \x01(\x05\"C\n\x0eLayerAttention\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\"\n\x06scores\x18\x02 \x01(\x0b\x32\x12.hiprune.v1.Tensor\"\x13\n\x11GetEncoderRequest\"G\n\x12GetEncoderResponse\x12\x31\n\x0b\x66ingerprint\x18\x01 \x01(\x0b\x32\x1c.hiprune.v1.ModelFingerprint\"\xb8\x01\n\x10ModelFingerprint\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\t\x12\x15\n\rvision_digest\x18\x02 \x01(\t\x12\x1c\n\x14preprocessing_digest\x18\x03 \x01(\t\x12#\n\x05\x64type\x18\x04 \x01(\x0e\x32\x14.hiprune.v1.DataType\x12\x13\n\x0bhidden_size\x18\x05 \x01(\x05\x12\x0e\n\x06layers\x18\x06 \x01(\x05\x12\x15\n\rpaired_digest\x18\x07 \x01(\t\"I\n\x0bStageTiming\x12\r\n\x05stage\x18\x01 \x01(\t\x12+\n\x08\x64uration\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration2\xad\x01\n\x0e\x45ncoderService\x12N\n\x0b\x45ncodeImage\x12\x1e.hiprune.v1.EncodeImageRequest\x1a\x1f.hiprune.v1.EncodeImageResponse\x12K\n\nGetEncoder\x12\x1d.hiprune.v1.GetEncoderRequest\x1a\x1e.hiprune.v1.GetEncoderResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,25 +35,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hiprune.v1.encoder_service_
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENCODEIMAGEREQUEST']._serialized_start=129
-  _globals['_ENCODEIMAGEREQUEST']._serialized_end=216
-  _globals['_ENCODEIMAGERESPONSE']._serialized_start=219
-  _globals['_ENCODEIMAGERESPONSE']._serialized_end=407
-  _globals['_MEDIALAYOUT']._serialized_start=410
-  _globals['_MEDIALAYOUT']._serialized_end=579
-  _globals['_VIEW']._serialized_start=582
-  _globals['_VIEW']._serialized_end=851
-  _globals['_VALIDREGION']._serialized_start=853
-  _globals['_VALIDREGION']._serialized_end=924
-  _globals['_LAYERATTENTION']._serialized_start=926
-  _globals['_LAYERATTENTION']._serialized_end=993
-  _globals['_GETENCODERREQUEST']._serialized_start=995
-  _globals['_GETENCODERREQUEST']._serialized_end=1014
-  _globals['_GETENCODERRESPONSE']._serialized_start=1016
-  _globals['_GETENCODERRESPONSE']._serialized_end=1087
-  _globals['_MODELFINGERPRINT']._serialized_start=1090
-  _globals['_MODELFINGERPRINT']._serialized_end=1274
-  _globals['_STAGETIMING']._serialized_start=1276
-  _globals['_STAGETIMING']._serialized_end=1349
-  _globals['_ENCODERSERVICE']._serialized_start=1352
-  _globals['_ENCODERSERVICE']._serialized_end=1525
+  _globals['_ENCODEIMAGEREQUEST']._serialized_end=245
+  _globals['_ENCODEIMAGERESPONSE']._serialized_start=248
+  _globals['_ENCODEIMAGERESPONSE']._serialized_end=465
+  _globals['_MEDIALAYOUT']._serialized_start=468
+  _globals['_MEDIALAYOUT']._serialized_end=637
+  _globals['_VIEW']._serialized_start=640
+  _globals['_VIEW']._serialized_end=909
+  _globals['_VALIDREGION']._serialized_start=911
+  _globals['_VALIDREGION']._serialized_end=982
+  _globals['_LAYERATTENTION']._serialized_start=984
+  _globals['_LAYERATTENTION']._serialized_end=1051
+  _globals['_GETENCODERREQUEST']._serialized_start=1053
+  _globals['_GETENCODERREQUEST']._serialized_end=1072
+  _globals['_GETENCODERRESPONSE']._serialized_start=1074
+  _globals['_GETENCODERRESPONSE']._serialized_end=1145
+  _globals['_MODELFINGERPRINT']._serialized_start=1148
+  _globals['_MODELFINGERPRINT']._serialized_end=1332
+  _globals['_STAGETIMING']._serialized_start=1334
+  _globals['_STAGETIMING']._serialized_end=1407
+  _globals['_ENCODERSERVICE']._serialized_start=1410
+  _globals['_ENCODERSERVICE']._serialized_end=1583
 # @@protoc_insertion_point(module_scope)

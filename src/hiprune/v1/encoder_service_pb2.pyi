@@ -30,9 +30,15 @@ class EncodeImageRequest(_message.Message):
     MEDIA_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     ALIGNED_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_TOKEN_FIELD_NUMBER: _builtins.int
     aligned: _builtins.bool
     """Also return each token in the paired text encoder's space (View.aligned); default false.
     FAILED_PRECONDITION when the encoder has no paired text encoder.
+    """
+    shared_memory_token: _builtins.str
+    """Content of the file that an earlier answer named in shared_memory_probe: proof that the caller sees the encoder's
+    directory of shared memory, and consent to Tensor.shared_memory in the answer. Empty, wrong, or sent over anything
+    but a Unix socket: the answer holds its bytes inline.
     """
     @_builtins.property
     def media(self) -> _media_pb2.Media:
@@ -50,10 +56,11 @@ class EncodeImageRequest(_message.Message):
         media: _media_pb2.Media | None = ...,
         layers: _abc.Iterable[_builtins.int] | None = ...,
         aligned: _builtins.bool = ...,
+        shared_memory_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["media", b"media"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aligned", b"aligned", "layers", b"layers", "media", b"media"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aligned", b"aligned", "layers", b"layers", "media", b"media", "shared_memory_token", b"shared_memory_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -69,6 +76,11 @@ class EncodeImageResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
+    SHARED_MEMORY_PROBE_FIELD_NUMBER: _builtins.int
+    shared_memory_probe: _builtins.str
+    """Name of a file in the encoder's directory of shared memory whose content is the shared_memory_token of later
+    requests; for a caller on a Unix socket that did not send it. Empty where shared memory is off.
+    """
     @_builtins.property
     def views(self) -> _containers.RepeatedCompositeFieldContainer[Global___View]:
         """The views in the model's order; at least 1."""
@@ -92,10 +104,11 @@ class EncodeImageResponse(_message.Message):
         fingerprint: Global___ModelFingerprint | None = ...,
         timings: _abc.Iterable[Global___StageTiming] | None = ...,
         layout: Global___MediaLayout | None = ...,
+        shared_memory_probe: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "layout", b"layout", "timings", b"timings", "views", b"views"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "layout", b"layout", "shared_memory_probe", b"shared_memory_probe", "timings", b"timings", "views", b"views"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

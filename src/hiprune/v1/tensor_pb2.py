@@ -24,15 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hiprune/v1/tensor.proto\x12\nhiprune.v1\"l\n\x06Tensor\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.hiprune.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x42\t\n\x07payloadJ\x04\x08\x04\x10\x05R\rshared_memory*r\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44\x41TA_TYPE_BF16\x10\x01\x12\x11\n\rDATA_TYPE_F16\x10\x02\x12\x11\n\rDATA_TYPE_F32\x10\x03\x12\x11\n\rDATA_TYPE_I32\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17hiprune/v1/tensor.proto\x12\nhiprune.v1\"\x8a\x01\n\x06Tensor\x12#\n\x05\x64type\x18\x01 \x01(\x0e\x32\x14.hiprune.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0e\n\x04\x64\x61ta\x18\x03 \x01(\x0cH\x00\x12\x31\n\rshared_memory\x18\x04 \x01(\x0b\x32\x18.hiprune.v1.SharedMemoryH\x00\x42\t\n\x07payload\"/\n\x0cSharedMemory\x12\x0f\n\x07segment\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03*r\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x12\n\x0e\x44\x41TA_TYPE_BF16\x10\x01\x12\x11\n\rDATA_TYPE_F16\x10\x02\x12\x11\n\rDATA_TYPE_F32\x10\x03\x12\x11\n\rDATA_TYPE_I32\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hiprune.v1.tensor_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=149
-  _globals['_DATATYPE']._serialized_end=263
-  _globals['_TENSOR']._serialized_start=39
-  _globals['_TENSOR']._serialized_end=147
+  _globals['_DATATYPE']._serialized_start=229
+  _globals['_DATATYPE']._serialized_end=343
+  _globals['_TENSOR']._serialized_start=40
+  _globals['_TENSOR']._serialized_end=178
+  _globals['_SHAREDMEMORY']._serialized_start=180
+  _globals['_SHAREDMEMORY']._serialized_end=227
 # @@protoc_insertion_point(module_scope)
