@@ -28,7 +28,7 @@ class EncoderService:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._servicer = EncoderServicer(settings.max_frames)
+        self._servicer = EncoderServicer(settings)
         self._engine: VisionEngine | None = None
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -42,9 +42,10 @@ class EncoderService:
         self._servicer.equip(checkpoint, fingerprint, self._engine)
 
     async def stop(self) -> None:
-        """Finishes what is queued."""
+        """Finishes what is queued, and takes back what is lent."""
         if self._engine is not None:
             await self._engine.close()
+        await self._servicer.close()
 
 
 def _load(settings: Settings) -> tuple[Checkpoint, encoder_service_pb2.ModelFingerprint, Tower]:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-from hiprune import tensors
+import torch
+
+from hiprune import deadlines, tensors
 from hiprune.checkpoints import Checkpoint
 from hiprune.errors import InvalidInput, Mismatch, Unsupported
+from hiprune.shared_memory import Lender, Loan
 from hiprune.telemetry import start_clock
-from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc, media_pb2
-from services.encoder.engine import VisionEngine
+from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc, media_pb2, tensor_pb2
+from services.encoder.engine import Encoded, VisionEngine
 from services.encoder.families import EncodedView
+from services.encoder.settings import Settings
+
+log = logging.getLogger("hiprune.encoder")
 
 MAX_RATE: Final = 1000.0
 """Frames per second beyond which a rate is taken for a mistake."""
+_THREAD_BYTES: Final = 256 * 1024
+"""Answers above it are put together off the event loop."""
 
 
 class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
@@ -23,8 +35,13 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
     _fingerprint: encoder_service_pb2.ModelFingerprint
     _engine: VisionEngine
 
-    def __init__(self, max_frames: int) -> None:
-        self._max_frames = max_frames
+    def __init__(self, settings: Settings) -> None:
+        self._max_frames = settings.max_frames
+        self._lender = Lender(settings.shared_memory_dir, max_bytes=settings.shared_memory_bytes)
+        self._lends_from = settings.shared_memory_min_bytes
+        self._call_s = settings.default_deadline_ms / 1000
+        # threads of our own: asyncio's default ones may all be waiting for a name server
+        self._writers = ThreadPoolExecutor(2, thread_name_prefix="answer")
 
     def equip(
         self,
@@ -36,6 +53,12 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
         self._checkpoint = checkpoint
         self._fingerprint = fingerprint
         self._engine = engine
+        self._lender.open()
+
+    async def close(self) -> None:
+        """Removes what is lent and was not taken."""
+        await self._lender.close()
+        self._writers.shutdown(wait=False)
 
     async def GetEncoder(self, request: Any, context: Any) -> encoder_service_pb2.GetEncoderResponse:  # noqa: N802
         """Says which vision tower is loaded."""
@@ -50,12 +73,43 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
         encoded = await self._engine.encode(
             request.media, request.layers, aligned=request.aligned, clock=clock
         )
-        return encoder_service_pb2.EncodeImageResponse(
-            views=[_to_proto(view, request) for view in encoded.views],
-            fingerprint=self._fingerprint,
-            timings=clock.to_proto(),
-            layout=encoded.layout,
+        response = encoder_service_pb2.EncodeImageResponse(
+            fingerprint=self._fingerprint, layout=encoded.layout
         )
+        await self._add_views(response, encoded, request, context)
+        response.timings.extend(clock.to_proto())
+        return response
+
+    async def _add_views(
+        self,
+        response: encoder_service_pb2.EncodeImageResponse,
+        encoded: Encoded,
+        request: encoder_service_pb2.EncodeImageRequest,
+        context: Any,
+    ) -> None:
+        """Puts the views into the answer; their rows into shared memory where it pays and the caller can."""
+        rows = [tensor for view in encoded.views for tensor in _rows_of(view, request.aligned)]
+        size = Loan.size_of(rows)
+        loan = None
+        if context.peer().startswith("unix"):  # unix: and unix-abstract:
+            if not self._lender.admits(request.shared_memory_token):
+                response.shared_memory_probe = self._lender.probe
+            elif size >= self._lends_from:
+                loan = self._lender.lend(size)
+        loop = asyncio.get_running_loop()
+        if loan is None:
+            if size > _THREAD_BYTES:
+                await loop.run_in_executor(self._writers, _fill, response, encoded, request, None)
+            else:
+                _fill(response, encoded, request, None)
+            return
+        left = deadlines.remaining_s()
+        loop.call_later(self._call_s if left is None else left, self._lender.end, loan)
+        try:
+            await loop.run_in_executor(self._writers, _fill, response, encoded, request, loan)
+        except BaseException:
+            self._lender.end(loan)
+            raise
 
     def _check(self, request: encoder_service_pb2.EncodeImageRequest) -> None:
         """Refuses what this tower cannot do. Raises InvalidInput, Mismatch, Unsupported."""
@@ -96,24 +150,45 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
             raise InvalidInput(f"{rate} is outside (0, {MAX_RATE:g}]", field="media.video.frames_per_second")
 
 
-def _to_proto(view: EncodedView, request: encoder_service_pb2.EncodeImageRequest) -> encoder_service_pb2.View:
-    message = encoder_service_pb2.View(
-        features=tensors.to_proto(view.features),
-        attention=[
-            encoder_service_pb2.LayerAttention(layer=layer, scores=tensors.to_proto(view.scores[layer]))
-            for layer in request.layers
-        ],
-        grid_height=view.grid[0],
-        grid_width=view.grid[1],
-        frame=view.frame,
-    )
+def _rows_of(view: EncodedView, aligned: bool) -> list[torch.Tensor]:
+    """What of a view is large: a row a token."""
+    return [view.features] + ([view.aligned] if aligned and view.aligned is not None else [])
+
+
+def _fill(
+    response: encoder_service_pb2.EncodeImageResponse,
+    encoded: Encoded,
+    request: encoder_service_pb2.EncodeImageRequest,
+    loan: Loan | None,
+) -> None:
+    """Adds the views, their rows in the loan if there is one and the memory for it; else inline."""
+    rows: list[tuple[tensor_pb2.Tensor, torch.Tensor]] = []
+    for view in encoded.views:
+        message = response.views.add()
+        _describe(view, request.layers, message)
+        targets = (message.features, message.aligned)
+        rows += zip(targets, _rows_of(view, request.aligned), strict=False)  # without aligned: features alone
+    if loan is not None:
+        try:
+            loan.write(rows)
+            return
+        except OSError as error:
+            log.warning("%d bytes go inline, shared memory takes none: %s", loan.size, error)
+            loan.end()
+    for target, tensor in rows:
+        tensors.fill(target, tensor)
+
+
+def _describe(view: EncodedView, layers: Iterable[int], message: encoder_service_pb2.View) -> None:
+    """All of a view but its rows."""
+    message.grid_height, message.grid_width = view.grid
+    message.frame = view.frame
+    for layer in layers:
+        tensors.fill(message.attention.add(layer=layer).scores, view.scores[layer])
     if view.valid is not None:
         top, left, height, width = view.valid
         message.valid.CopyFrom(
             encoder_service_pb2.ValidRegion(top=top, left=left, height=height, width=width)
         )
     if view.prefix is not None:
-        message.prefix_features.CopyFrom(tensors.to_proto(view.prefix))
-    if request.aligned and view.aligned is not None:
-        message.aligned.CopyFrom(tensors.to_proto(view.aligned))
-    return message
+        tensors.fill(message.prefix_features, view.prefix)

@@ -50,3 +50,17 @@ class Settings(ServiceSettings):
         256, ge=1, le=65_536, description="most images being decoded or waiting for it; more are overload"
     )
     decode_threads: int = Field(2, ge=1, le=256, description="threads that decode and resize images")
+    shared_memory_dir: Annotated[str, Field(pattern=r"^(/.+)?$")] = Field(
+        "/dev/shm",  # noqa: S108  # every file in it is created exclusively, for one user
+        description="directory in memory through which large answers go to a pruner on the Unix socket that "
+        "has the same one; empty: off",
+    )
+    shared_memory_min_bytes: int = Field(
+        2**20, ge=1, le=2**31 - 1, description="smallest answer that goes through shared memory, in bytes"
+    )
+    shared_memory_bytes: int = Field(
+        512 * 2**20,
+        ge=0,
+        le=2**40,
+        description="most shared memory that waits for a pruner to take it, in bytes; more goes inline",
+    )

@@ -21,7 +21,9 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from google.protobuf.message import Message
 
+from hiprune import tensors
 from hiprune.telemetry import stage
+from hiprune.tensors import Memory
 from hiprune.v1 import encoder_service_pb2, media_pb2, pruner_service_pb2
 from services.pruner import records
 from services.pruner.policy import Policy
@@ -106,10 +108,14 @@ class TokenCache:
         return await self._get(keys, keys.encoded(media_digest), encoder_service_pb2.EncodeImageResponse)
 
     def put_encoded(
-        self, keys: TenantKeys, media_digest: bytes, image: encoder_service_pb2.EncodeImageResponse
+        self,
+        keys: TenantKeys,
+        media_digest: bytes,
+        image: encoder_service_pb2.EncodeImageResponse,
+        memory: Memory | None = None,
     ) -> None:
-        """Stores an encoded image, in the background."""
-        self._put(keys, keys.encoded(media_digest), image)
+        """Stores an encoded image, in the background: with every row of it, also of those in `memory`."""
+        self._put(keys, keys.encoded(media_digest), image, memory)
 
     async def get_pruned(
         self, keys: TenantKeys, media_digest: bytes, policy: Policy, question: str
@@ -151,14 +157,15 @@ class TokenCache:
                 await self.store.delete(key)
                 return None
 
-    def _put(self, keys: TenantKeys, key: bytes, message: Message) -> None:
+    def _put(self, keys: TenantKeys, key: bytes, message: Message, memory: Memory | None = None) -> None:
         """Stores behind the answer. What does not fit, in size or in the queue, is not cached."""
         if self.store.name == "off" or len(self._pending) >= _MAX_PENDING:
             return
-        if message.ByteSize() > self._max_value_bytes:
-            log.info("an entry of %d bytes is above cache_value_bytes and is not cached", message.ByteSize())
+        # by its tensors, for now: protobuf's own count serialises the message, and this is the event loop
+        if not self._fits(sum(tensors.length_of(each) for each in tensors.tensors_in(message))):
             return
-        task = asyncio.create_task(self._store(keys, key, message, after=self._pending.get(key)))
+        after = self._pending.get(key)
+        task = asyncio.create_task(self._store(keys, key, message, memory, after=after))
         self._pending[key] = task
         task.add_done_callback(lambda done: self._stored(key, done))
 
@@ -168,12 +175,30 @@ class TokenCache:
             del self._pending[key]
 
     async def _store(
-        self, keys: TenantKeys, key: bytes, message: Message, *, after: asyncio.Task[None] | None
+        self,
+        keys: TenantKeys,
+        key: bytes,
+        message: Message,
+        memory: Memory | None,
+        *,
+        after: asyncio.Task[None] | None,
     ) -> None:
         if after is not None:
             await asyncio.wait({after})  # two puts of one key end in their order: the last one stays
-        value = await asyncio.to_thread(records.pack, message, key=key, secret=keys.secret)
-        await self.store.put(key, value)
+
+        def pack() -> bytes:
+            # a segment is one call's: what is stored holds its own bytes
+            return records.pack(tensors.inlined(message, memory), key=key, secret=keys.secret)
+
+        value = await asyncio.to_thread(pack)
+        if self._fits(len(value)):
+            await self.store.put(key, value)
+
+    def _fits(self, size: int) -> bool:
+        """Whether an entry of so many bytes is cached; says so where not."""
+        if size > self._max_value_bytes:
+            log.info("an entry of %d bytes is above cache_value_bytes and is not cached", size)
+        return size <= self._max_value_bytes
 
 
 def media_digest(media: media_pb2.Media) -> bytes:

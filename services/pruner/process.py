@@ -16,6 +16,7 @@ from hiprune.client import connect
 from hiprune.config import ConfigError
 from hiprune.v1 import encoder_service_pb2_grpc, pruner_service_pb2_grpc
 from services.pruner.cache import ModelIdentity, TokenCache
+from services.pruner.encoder import RemoteEncoder
 from services.pruner.service import PrunerServicer
 from services.pruner.settings import Settings
 from services.pruner.stores import MemoryStore, NoStore, RedisStore, Store
@@ -58,7 +59,8 @@ class PrunerService:
             max_value_bytes=settings.cache_value_bytes,
         )
         self._channel = connect(settings.encoder, max_message_bytes=settings.max_message_bytes)
-        encoder = encoder_service_pb2_grpc.EncoderServiceStub(self._channel)
+        stub = encoder_service_pb2_grpc.EncoderServiceStub(self._channel)
+        encoder = RemoteEncoder(stub, checkpoint, text.digest if text else "", settings)
         self._servicer.equip(checkpoint, text, cache, encoder)
 
     async def stop(self) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from hiprune import tensors
 from hiprune.errors import InvalidInput
+from hiprune.tensors import Memory
 from hiprune.v1 import encoder_service_pb2, pruner_service_pb2
 from services.pruner import selection
 from services.pruner.policy import Policy
@@ -45,10 +46,11 @@ class Pruned:
     summary: pruner_service_pb2.PruneSummary
 
 
-def check_views(views: Sequence[View], *, max_tokens: int) -> None:
+def check_views(views: Sequence[View], *, max_tokens: int, memory: Memory | None = None) -> None:
     """Refuses views whose tensors do not fit their grids or each other, and too many tokens in all.
 
-    A few bytes can claim a large grid, and the answer would hold an index for each of its tokens.
+    A few bytes can claim a large grid, and the answer would hold an index for each of its tokens. Rows may
+    lie in `memory`, here and below: that of an encoder that was asked to.
     Raises InvalidInput naming `views[i].…`.
     """
     if not views:
@@ -69,9 +71,9 @@ def check_views(views: Sequence[View], *, max_tokens: int) -> None:
                 reason="LIMIT_EXCEEDED",
             )
         if view.HasField("features"):
-            tensors.check(view.features, field=f"{field}.features", shape=(count, None))
+            tensors.check(view.features, field=f"{field}.features", shape=(count, None), memory=memory)
         if view.HasField("aligned"):
-            tensors.check(view.aligned, field=f"{field}.aligned", shape=(count, None))
+            tensors.check(view.aligned, field=f"{field}.aligned", shape=(count, None), memory=memory)
         if view.HasField("prefix_features"):
             width = view.features.shape[1] if view.HasField("features") else None
             tensors.check(view.prefix_features, field=f"{field}.prefix_features", shape=(None, width))
@@ -99,7 +101,8 @@ def _check_attention(view: View, field: str) -> None:
 
 def _prefix_of(view: View) -> int:
     """Tokens of a checked view that lie outside its grid; rows of no channels are none."""
-    return view.prefix_features.shape[0] if view.prefix_features.data else 0
+    shape = view.prefix_features.shape
+    return shape[0] if shape and all(shape) else 0
 
 
 def _check_region(view: View, field: str) -> None:
@@ -117,7 +120,12 @@ def _check_region(view: View, field: str) -> None:
 
 
 def similarities(
-    views: Sequence[View], vector: torch.Tensor, *, space: str = "aligned", field: str = "text_vector"
+    views: Sequence[View],
+    vector: torch.Tensor,
+    *,
+    space: str = "aligned",
+    field: str = "text_vector",
+    memory: Memory | None = None,
 ) -> list[Scores]:
     """Cosine of each token of each view's `space` ("aligned" or "features") with `vector` (A,): V × (N,).
 
@@ -127,7 +135,9 @@ def similarities(
     for number, view in enumerate(views):
         message = getattr(view, space)
         count = view.grid_height * view.grid_width
-        rows = tensors.from_proto(message, field=f"views[{number}].{space}", shape=(count, None), finite=True)
+        rows = tensors.from_proto(
+            message, field=f"views[{number}].{space}", shape=(count, None), finite=True, memory=memory
+        )
         if rows.shape[1] != vector.shape[0]:
             raise InvalidInput(
                 f"{vector.shape[0]} channels, expected {rows.shape[1]} as in views[{number}].{space}",
@@ -137,7 +147,9 @@ def similarities(
     return found
 
 
-def prune(views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: bytes) -> Pruned:
+def prune(
+    views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: bytes, memory: Memory | None = None
+) -> Pruned:
     """Prunes checked views. `seed` is the digest behind RANDOM.
 
     Raises InvalidInput naming `views[i].attention` when the scores that the method reads are missing or
@@ -161,7 +173,7 @@ def prune(views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: by
         own_seed = hashlib.sha256(seed + number.to_bytes(4, "little")).digest()
         scores = (object_scores, deep_scores, similarity)
         kept = _select(policy, max(1, budget - prefix), view, mask, scores, own_seed)
-        pruned.append(_pruned_view(view, kept))
+        pruned.append(_pruned_view(view, kept, memory))
         if policy.include_scores:
             _add_scores(pruned[-1].selection.scores, object_scores, deep_scores, similarity)
     summary = pruner_service_pb2.PruneSummary(
@@ -241,7 +253,7 @@ def _scores(view: View, layer: int, number: int) -> Scores:
     )
 
 
-def _pruned_view(view: View, kept: Selection) -> pruner_service_pb2.PrunedView:
+def _pruned_view(view: View, kept: Selection, memory: Memory | None) -> pruner_service_pb2.PrunedView:
     pruned = pruner_service_pb2.PrunedView(
         selection=pruner_service_pb2.Selection(
             kept_indices=kept.indices.tolist(),
@@ -254,9 +266,9 @@ def _pruned_view(view: View, kept: Selection) -> pruner_service_pb2.PrunedView:
     )
     if view.HasField("features"):
         if len(kept.indices) == view.features.shape[0]:
-            pruned.features.CopyFrom(view.features)
+            pruned.features.CopyFrom(tensors.inlined(view.features, memory))
         else:
-            pruned.features.CopyFrom(tensors.take_rows(view.features, kept.indices))
+            pruned.features.CopyFrom(tensors.take_rows(view.features, kept.indices, memory))
     if view.HasField("prefix_features"):
         pruned.prefix_features.CopyFrom(view.prefix_features)
     return pruned

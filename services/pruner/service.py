@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import torch
 
 from hiprune.auth import ANONYMOUS_TENANT
 from hiprune.checkpoints import Checkpoint
-from hiprune.client import call
-from hiprune.errors import Internal, InvalidInput, Mismatch
+from hiprune.errors import InvalidInput, Mismatch
 from hiprune.telemetry import StageClock, stage, start_clock
 from hiprune.v1 import (
     encoder_service_pb2,
-    encoder_service_pb2_grpc,
     media_pb2,
     pruner_service_pb2,
     pruner_service_pb2_grpc,
@@ -27,13 +24,13 @@ from hiprune.v1 import (
 from services.pruner import guidance
 from services.pruner import policy as policies
 from services.pruner.cache import TenantKeys, TokenCache, media_digest
+from services.pruner.encoder import Encoded, RemoteEncoder, encoders_fault
 from services.pruner.flight import SingleFlight
 from services.pruner.policy import Policy
 from services.pruner.pruning import NO_QUESTION, Guidance, Pruned, check_views, prune, similarities
 from services.pruner.settings import Settings
 from services.pruner.text import TextEncoder
 
-Encoded = encoder_service_pb2.EncodeImageResponse
 Result = TypeVar("Result")
 NO_TEXT_MODEL: Final = "this pruner has no paired text encoder, so a question cannot guide it"
 
@@ -44,7 +41,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
     _checkpoint: Checkpoint
     _text: TextEncoder | None
     _cache: TokenCache
-    _encoder: encoder_service_pb2_grpc.EncoderServiceAsyncStub
+    _encoder: RemoteEncoder
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -59,7 +56,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         checkpoint: Checkpoint,
         text: TextEncoder | None,
         cache: TokenCache,
-        encoder: encoder_service_pb2_grpc.EncoderServiceAsyncStub,
+        encoder: RemoteEncoder,
     ) -> None:
         """Gives it what it works with; no request arrives before (see `hiprune.server.RequestGate`)."""
         self._checkpoint = checkpoint
@@ -150,16 +147,17 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             guidance = NO_QUESTION
             if vector is not None and self._text is not None:
                 space = self._checkpoint.facts.compares
-                guidance = Guidance(similarities(encoded.views, vector, space=space), self._text.name)
-            pruned = prune(encoded.views, policy, guidance, seed=digest)
+                found = similarities(encoded.image.views, vector, space=space, memory=encoded.memory)
+                guidance = Guidance(found, self._text.name)
+            pruned = prune(encoded.image.views, policy, guidance, seed=digest, memory=encoded.memory)
             return pruner_service_pb2.PrunedMedia(
                 views=pruned.views,
                 summary=pruned.summary,
                 vision_digest=self._checkpoint.vision_digest,
-                layout=encoded.layout,
+                layout=encoded.image.layout,
             )
 
-        with stage("select"), _encoders_fault():
+        with stage("select"), encoders_fault():
             return await self._off_loop(work)
 
     async def _encoded(
@@ -176,18 +174,15 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             held = {entry.layer for entry in cached.views[0].attention}
             holds_aligned = cached.views[0].HasField("aligned")
             if layers <= held and (holds_aligned or not aligned):
-                return cached, pruner_service_pb2.CACHE_STATUS_ENCODED_HIT
+                return Encoded(cached), pruner_service_pb2.CACHE_STATUS_ENCODED_HIT
             # replaced by the union, so that two policies do not drive each other out
             layers |= held
             aligned = aligned or holds_aligned
         request = encoder_service_pb2.EncodeImageRequest(media=media, layers=sorted(layers), aligned=aligned)
 
         async def work() -> Encoded:
-            encoded = await self._call_encoder(request)
-            stored = Encoded()
-            stored.CopyFrom(encoded)
-            del stored.timings[:]
-            self._cache.put_encoded(keys, digest, stored)
+            encoded = await self._encoder.encode(request, self._workers)
+            self._cache.put_encoded(keys, digest, encoded.image, encoded.memory)
             return encoded
 
         with stage("encode"):
@@ -195,32 +190,6 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             encoded = await self._flights.run((keys.encoded(digest), tuple(sorted(layers)), aligned), work)
         clock.extend(encoded.timings)
         return encoded, pruner_service_pb2.CACHE_STATUS_MISS
-
-    async def _call_encoder(self, request: encoder_service_pb2.EncodeImageRequest) -> Encoded:
-        """Asks the encoder, and holds its answer against this pruner's own model. Raises Mismatch."""
-        encoded = await call(
-            self._encoder.EncodeImage,
-            request,
-            Encoded,
-            peer="encoder",
-            default_s=self._settings.default_deadline_ms / 1000,
-        )
-        theirs, ours = encoded.fingerprint, self._checkpoint
-        pairs = [
-            ("vision tower", theirs.vision_digest, ours.vision_digest),
-            ("image preprocessing", theirs.preprocessing_digest, ours.preprocessing_digest),
-        ]
-        if request.aligned and self._text is not None:
-            pairs.append(("text model", theirs.paired_digest, self._text.digest))
-        for what, their_digest, our_digest in pairs:
-            if their_digest != our_digest:
-                raise Mismatch(
-                    f"the encoder's {what} is {their_digest[:12] or 'absent'}, this pruner's is "
-                    f"{our_digest[:12]}: start both on the same model"
-                )
-        with _encoders_fault():
-            check_views(encoded.views, max_tokens=self._settings.max_tokens)
-        return encoded
 
     async def _text_vector(self, question: str, policy: Policy) -> torch.Tensor | None:
         """The question's vector (A,), or None when the method reads no text or there is none."""
@@ -334,17 +303,6 @@ def _policy_of_tokens(request: pruner_service_pb2.PruneTokensRequest) -> Policy:
     return policies.resolve_layers(
         request.policy, object_layer=min(layers[0], deep_layer), deep_layer=deep_layer
     )
-
-
-@contextmanager
-def _encoders_fault() -> Iterator[None]:
-    """PruneImage's caller sends no views: one that does not fit is the encoder's, and so Internal."""
-    try:
-        yield
-    except InvalidInput as error:
-        if not error.field.startswith("views"):
-            raise
-        raise Internal("the encoder's answer cannot be used; the service's log has the cause") from error
 
 
 def _prune_tokens(views: Sequence[encoder_service_pb2.View], policy: Policy, guidance: Guidance) -> Pruned:

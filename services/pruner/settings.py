@@ -64,6 +64,12 @@ class Settings(ServiceSettings):
         SecretStr("redis://127.0.0.1:6379/0"), description="URL of the Redis; may hold a password"
     )
 
+    shared_memory_dir: Annotated[str, Field(pattern=r"^(/.+)?$")] = Field(
+        "/dev/shm",  # noqa: S108  # only the encoder's own files in it are read
+        description="directory in memory in which an encoder on a Unix socket may leave large answers: the "
+        "encoder's; empty: off",
+    )
+
     @model_validator(mode="after")
     def _redis_needs_a_secret(self) -> Self:
         secret = self.cache_secret.get_secret_value()
