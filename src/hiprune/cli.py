@@ -71,7 +71,7 @@ def parse_method(text: str) -> pruner_service_pb2.Method.ValueType:
 
 @app.command()
 def ask(
-    image: Annotated[Path, typer.Argument(help="a JPEG, PNG or WebP file", exists=True, dir_okay=False)],
+    image: Annotated[Path, typer.Argument(help="a JPEG, PNG, WebP or GIF file", exists=True, dir_okay=False)],
     question: Annotated[str, typer.Argument(help="what to ask about it")],
     method: Annotated[str, typer.Option(help=", ".join(METHODS))] = "hiprune",
     keep: Annotated[

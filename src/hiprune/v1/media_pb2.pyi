@@ -27,8 +27,10 @@ class Media(_message.Message):
     IMAGE_FIELD_NUMBER: _builtins.int
     VIDEO_FIELD_NUMBER: _builtins.int
     image: _builtins.bytes
-    """A JPEG, PNG or WebP file: 1 byte up to the service's max_image_bytes (default 20 MiB).
-    EXIF orientation is applied; of an animation the first frame counts.
+    """A JPEG, PNG, WebP or GIF file: 1 byte up to the service's max_image_bytes (default 20 MiB), at most its
+    max_image_pixels (50 million) and max_image_side (16384), not over 200 times as long as wide. A truncated file is
+    refused. EXIF orientation is applied, transparency becomes white; of an animation the first frame counts, and
+    nothing behind it is looked at.
     """
     @_builtins.property
     def video(self) -> Global___Video:
