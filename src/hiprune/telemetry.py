@@ -1,4 +1,4 @@
-"""Names of stages and spans, and the clock that reports them. Silent until `set_up` is given an endpoint.
+"""Names of stages, spans and counters, and what reports them. Silent until `set_up` is given an endpoint.
 
 One `with stage("vision"):` both times the stage for the caller's report and opens an OpenTelemetry span.
 """
@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Final
 
 from opentelemetry import context as otel_context
-from opentelemetry import propagate, trace
+from opentelemetry import metrics, propagate, trace
 
 from hiprune.v1 import encoder_service_pb2
 
@@ -31,6 +32,21 @@ STAGES: Final = (
     "decode",
 )
 """Every stage a report may name; StageTiming.stage documents the same list."""
+
+COUNTERS: Final = {
+    "hiprune.requests": ("{request}", "requests admitted at the first service they reached; label tenant"),
+    "hiprune.requests.rejected": (
+        "{request}",
+        "requests refused because a limit of their tenant's was reached; labels tenant, limit",
+    ),
+    "hiprune.tokens.before": ("{token}", "visual tokens before pruning; label tenant"),
+    "hiprune.tokens.kept": ("{token}", "visual tokens kept of them; label tenant"),
+    "hiprune.limits.fallbacks": (
+        "{operation}",
+        "operations on limits that this process decided alone, its Redis being slow or down",
+    ),
+}
+"""Every counter: its unit and what it counts."""
 
 
 class StageClock:
@@ -81,6 +97,19 @@ def stage(name: str) -> Iterator[None]:
         finally:
             if clock is not None:
                 clock.add(name, time.perf_counter() - started)
+
+
+def count(name: str, amount: int = 1, **labels: str) -> None:
+    """Adds to a counter. `name` is one of COUNTERS; every label's values are few."""
+    _counter(name).add(amount, labels)
+
+
+@cache
+def _counter(name: str) -> metrics.Counter:
+    if name not in COUNTERS:
+        raise ValueError(f"counter {name!r} is not declared in hiprune.telemetry.COUNTERS")
+    unit, meaning = COUNTERS[name]
+    return metrics.get_meter("hiprune").create_counter(name, unit, meaning)
 
 
 def outgoing_metadata() -> tuple[tuple[str, str], ...]:
