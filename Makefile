@@ -37,8 +37,15 @@ protos: $(READY) ## regenerate src/hiprune/v1 from protos/
 tables: $(READY) ## refill the settings tables in services/*/README.md
 	@$(BIN)/python tools/settings_tables.py
 
-bench: $(READY) ## measure every claim in benchmarks/ but full_size, which wants 24 GB of memory and an hour
-	@set -e; for each in service_tax; do $(BIN)/python -m benchmarks.$$each $(ARGS); done
+BENCHMARKS := capture_overhead tower_scaling selection_cost encoder_load service_tax \
+	"service_tax --size 0.5b" time_to_first_token
+# what knows no device
+ifeq ($(findstring --device,$(ARGS)),)
+BENCHMARKS += shared_memory
+endif
+
+bench: $(READY) ## measure every claim in benchmarks/ in about 45 minutes; full_size apart, which wants 24 GB
+	@set -e; for each in $(BENCHMARKS); do echo "== $$each"; $(BIN)/python -m benchmarks.$$each $(ARGS); done
 
 $(READY): pyproject.toml constraints.txt tools/set_up.py
 	@command -v $(PYTHON) >/dev/null || { echo "hiprune needs Python 3.11 or newer; no $(PYTHON) is on PATH" >&2; exit 1; }

@@ -16,26 +16,19 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-import torch
 from PIL import Image
-from rich.progress import track
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks import report
-from benchmarks.service_tax import stage_ms
+from benchmarks import checkpoints, report
 from hiprune.client import Client
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.stack import SERVICES, Stack
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
 
 CLAIM: Final = "a checkpoint of Qwen2.5-VL-3B's size loads, each service its own part, and answers"
-SHARD_BYTES: Final = 2 * 2**30
 SPECIALS: Final = {
     "<|endoftext|>": 151643,
     "<|im_start|>": 151644,
@@ -55,84 +48,10 @@ TEMPLATE: Final = (
 )
 
 
-def config_of_3b() -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL-3B's published configuration."""
-    return Qwen2_5_VLConfig(
-        text_config={
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 36,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "max_position_embeddings": 128000,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-            "tie_word_embeddings": True,
-            "bos_token_id": 151643,
-            "eos_token_id": 151645,
-        },
-        vision_config={
-            "depth": 32,
-            "hidden_size": 1280,
-            "intermediate_size": 3420,
-            "num_heads": 16,
-            "out_hidden_size": 2048,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
-            "window_size": 112,
-            "fullatt_block_indexes": [7, 15, 23, 31],
-            "tokens_per_second": 2,
-        },
-        image_token_id=151655,
-        video_token_id=151656,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
-        tie_word_embeddings=True,
-    )
-
-
-def write_checkpoint(path: Path, config: Any) -> None:
+def write_checkpoint(path: Path) -> None:
     """A complete directory of random bf16 weights, in shards."""
-    config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
-    config.dtype = torch.bfloat16
-    config.save_pretrained(path)
-    with torch.device("meta"):
-        shapes = Qwen2_5_VLForConditionalGeneration(config).state_dict()
-    names = [name for name in shapes if name != "lm_head.weight"]
-    generator = torch.Generator().manual_seed(0)
-    where: dict[str, str] = {}
-    for number, shard in enumerate(_shards(names, shapes)):
-        file = f"model-{number:05}.safetensors"
-        tensors = {}
-        for name in track(shard, description=f"writing {file}"):
-            shape = shapes[name].shape
-            if len(shape) == 1:
-                tensors[name] = torch.full(shape, 1.0 if "norm" in name else 0.0, dtype=torch.bfloat16)
-            else:
-                scale = shape[1:].numel() ** -0.5
-                tensors[name] = torch.empty(shape, dtype=torch.bfloat16).normal_(
-                    0, scale, generator=generator
-                )
-            where[name] = file
-        save_file(tensors, path / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": where}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    checkpoints.write_qwen2_5_vl(path, checkpoints.qwen2_5_vl_3b())
     _write_text_files(path)
-
-
-def _shards(names: list[str], shapes: dict[str, torch.Tensor]) -> Iterator[list[str]]:
-    shard: list[str] = []
-    size = 0
-    for name in names:
-        need = shapes[name].numel() * 2
-        if shard and size + need > SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard.append(name)
-        size += need
-    yield shard
 
 
 def _write_text_files(path: Path) -> None:
@@ -151,16 +70,6 @@ def _write_text_files(path: Path) -> None:
             "eos_token": "<|im_end|>",
             "pad_token": "<|endoftext|>",
             "unk_token": "[unk]",
-        },
-        "preprocessor_config.json": {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "min_pixels": 3136,
-            "max_pixels": 12845056,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "image_mean": [0.48145466, 0.4578275, 0.40821073],
-            "image_std": [0.26862954, 0.26130258, 0.27577711],
         },
         "generation_config.json": {"eos_token_id": 151645, "pad_token_id": 151643},
     }
@@ -192,8 +101,8 @@ async def ask(stack: Stack, image: bytes, tokens: int) -> list[dict[str, Any]]:
                     "visual_tokens": [entry.summary.tokens_before, entry.summary.tokens_kept],
                     "prompt_tokens": answer.completion.usage.prompt_tokens,
                     "completion_tokens": answer.completion.usage.completion_tokens,
-                    "encoder_ms": stage_ms(entry.timings),
-                    "llm_ms": stage_ms(answer.completion.timings),
+                    "encoder_ms": report.stage_ms(entry.timings),
+                    "llm_ms": report.stage_ms(answer.completion.timings),
                     "first_text_s": answer.first_text_s,
                     "total_s": answer.total_s,
                 }
@@ -215,7 +124,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="hiprune-full-size-"))
     if not (folder / "config.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_checkpoint(folder, config_of_3b())
+        write_checkpoint(folder)
     file = io.BytesIO()
     with Image.open(EMBEDDED_MODEL.parents[1] / "samples" / "scene00.png") as picture:
         picture.convert("RGB").resize((options.image_side, options.image_side)).save(file, "PNG")
