@@ -235,7 +235,7 @@ def attention_bytes(tokens: int, dtype: torch.dtype) -> int:
 
 
 def tower_tflops(vision: dict[str, Any], tokens: int) -> float:
-    """Of one forward over `tokens` merged tokens, without scores: its products, a multiply-add counted as 2."""
+    """Of one forward over `tokens` merged tokens, without scores: its products, a multiply-add being 2."""
     width, patches, merge = vision["hidden_size"], 4 * tokens, vision["spatial_merge_size"] ** 2
     layer = 4 * width**2 + 3 * width * vision["intermediate_size"]  # q, k, v, output; gate, up, down
     seen = FULL_BLOCKS * patches + WINDOW_BLOCKS * WINDOW_PATCHES  # keys of each query, over all blocks
