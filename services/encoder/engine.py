@@ -16,7 +16,7 @@ from hiprune.telemetry import StageClock, stage
 from hiprune.v1 import encoder_service_pb2, media_pb2
 from services.encoder.batching import MicroBatcher
 from services.encoder.families import EncodedView, Prepared, Tower
-from services.encoder.images import ImageLimits, decode_image
+from services.encoder.images import ImageLimits, decode, decode_image, inspect
 from services.encoder.settings import Settings
 
 DEFAULT_RATE: Final = 2.0
@@ -48,6 +48,7 @@ class VisionEngine:
             max_pixels=settings.max_image_pixels,
             max_side=settings.max_image_side,
         )
+        self._max_video_pixels = settings.max_video_pixels
         self._decoding = 0
         self._max_decoding = settings.max_decoding
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
@@ -90,17 +91,30 @@ class VisionEngine:
         if media.WhichOneof("content") == "image":
             return self._tower.prepare(decode_image(media.image, limits=self._limits, field="media.image"))
         video = media.video
-        frames = [
-            decode_image(frame, limits=self._limits, field=f"media.video.frames[{number}]")
+        # all headers first: no frame is decoded of a video that is refused for a later one
+        outlines = [
+            inspect(frame, limits=self._limits, field=f"media.video.frames[{number}]")
             for number, frame in enumerate(video.frames)
         ]
-        for number, frame in enumerate(frames):
-            if frame.size != frames[0].size:
+        width, height = outlines[0].upright_size
+        for number, outline in enumerate(outlines):
+            if outline.upright_size != (width, height):
                 raise InvalidInput(
-                    f"{frame.width} × {frame.height} pixels, expected {frames[0].width} × {frames[0].height} "
-                    "as in the first frame",
+                    "{} × {} pixels, expected {} × {} as in the first frame".format(
+                        *outline.upright_size, width, height
+                    ),
                     field=f"media.video.frames[{number}]",
                 )
+        if len(outlines) * width * height > self._max_video_pixels:
+            raise InvalidInput(
+                f"{len(outlines)} frames of {width} × {height} pixels, expected at most "
+                f"{self._max_video_pixels} pixels in all frames together",
+                field="media.video.frames",
+                reason="LIMIT_EXCEEDED",
+            )
+        frames = [
+            decode(outline, field=f"media.video.frames[{number}]") for number, outline in enumerate(outlines)
+        ]
         rate = video.frames_per_second if video.HasField("frames_per_second") else DEFAULT_RATE
         return self._tower.prepare_video(frames, rate)
 

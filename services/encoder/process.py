@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import grpc
 import torch
@@ -12,6 +12,7 @@ import torch
 from hiprune import checkpoints, tensors
 from hiprune.checkpoints import Checkpoint
 from hiprune.config import ConfigError
+from hiprune.intake import SMALL_REQUEST
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc
 from services.encoder.engine import VisionEngine
 from services.encoder.families import BLANK, Tower, load_tower
@@ -46,6 +47,13 @@ class EncoderService:
         if self._engine is not None:
             await self._engine.close()
         await self._servicer.close()
+
+    def request_bytes(self) -> Mapping[str, int]:
+        """See `hiprune.server.Service`."""
+        return {
+            "/hiprune.v1.EncoderService/EncodeImage": self._settings.max_request_bytes,
+            "/hiprune.v1.EncoderService/GetEncoder": SMALL_REQUEST,
+        }
 
 
 def _load(settings: Settings) -> tuple[Checkpoint, encoder_service_pb2.ModelFingerprint, Tower]:

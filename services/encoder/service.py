@@ -37,6 +37,7 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
 
     def __init__(self, settings: Settings) -> None:
         self._max_frames = settings.max_frames
+        self._max_video_bytes = settings.max_video_bytes
         self._lender = Lender(settings.shared_memory_dir, max_bytes=settings.shared_memory_bytes)
         self._lends_from = settings.shared_memory_min_bytes
         self._call_s = settings.default_deadline_ms / 1000
@@ -144,6 +145,13 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
         if not 1 <= len(video.frames) <= self._max_frames:
             raise InvalidInput(
                 f"{len(video.frames)} frames, expected 1 to {self._max_frames}", field="media.video.frames"
+            )
+        size = sum(len(frame) for frame in video.frames)
+        if size > self._max_video_bytes:
+            raise InvalidInput(
+                f"{size} bytes, expected at most {self._max_video_bytes} in all frames together",
+                field="media.video.frames",
+                reason="LIMIT_EXCEEDED",
             )
         rate = video.frames_per_second
         if video.HasField("frames_per_second") and not 0 < rate <= MAX_RATE:

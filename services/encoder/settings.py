@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from hiprune.config import ServiceSettings
+from hiprune.intake import ROOM
 
 
 class Settings(ServiceSettings):
@@ -37,6 +38,12 @@ class Settings(ServiceSettings):
     )
     max_image_side: int = Field(16_384, ge=1, le=2**31 - 1, description="longest side of an image, in pixels")
     max_frames: int = Field(64, ge=1, le=4096, description="most frames of one video")
+    max_video_bytes: int = Field(
+        64 * 2**20, ge=1, le=2**31 - 1, description="all encoded frames of a video together, in bytes"
+    )
+    max_video_pixels: int = Field(
+        150_000_000, ge=1, le=2**40, description="all frames of a video together, in pixels of their headers"
+    )
     max_batch_patches: int = Field(
         4 * 1024, ge=1, le=2**31 - 1, description="most patches in one forward; a larger image runs alone"
     )
@@ -64,3 +71,8 @@ class Settings(ServiceSettings):
         le=2**40,
         description="most shared memory that waits for a pruner to take it, in bytes; more goes inline",
     )
+
+    @property
+    def max_request_bytes(self) -> int:
+        """One image or video, and what is said about it."""
+        return min(self.max_message_bytes, max(self.max_image_bytes, self.max_video_bytes) + ROOM)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +12,7 @@ import torch
 
 from hiprune.checkpoints import CheckpointError, open_checkpoint
 from hiprune.errors import Unavailable
+from hiprune.intake import ROOM, SMALL_REQUEST
 from hiprune.v1 import llm_service_pb2_grpc
 from services.llm.chat import load_chat
 from services.llm.engines.transformers import TransformersEngine
@@ -61,6 +62,20 @@ class LlmService:
         if self._model is not None:
             await self._model.engine.stop()
 
+    def request_bytes(self) -> Mapping[str, int]:
+        """See `hiprune.server.Service`: a conversation with media, or with all rows that fit a prompt."""
+        settings, model = self._settings, self.loaded()
+        facts = model.checkpoint.facts
+        one = max(settings.max_image_bytes, settings.max_video_bytes if facts.takes_video else 0)
+        text = 4 * settings.max_text_chars + ROOM
+        # four bytes a channel at most; indices, kinds and scores of all tokens that there were
+        rows = model.engine.context_length * 4 * facts.hidden_size + settings.max_media * ROOM
+        return {
+            "/hiprune.v1.ImageQaService/AskImage": settings.max_media * one + text,
+            "/hiprune.v1.LanguageModelService/GenerateText": rows + text,
+            "/hiprune.v1.LanguageModelService/GetLanguageModel": SMALL_REQUEST,
+        }
+
     def loaded(self) -> LanguageModel:
         """The language model. Raises Unavailable until it is loaded."""
         if self._model is None:
@@ -98,7 +113,13 @@ def load(settings: Settings) -> LanguageModel:
         adapter=adapter,
         engine=TransformersEngine(checkpoint.path, adapter.language, placement, settings.max_concurrency),
         shape=TextShape.of(config.get_text_config()),
-        limits=Limits(settings.max_messages, settings.max_media, settings.max_text_chars),
+        limits=Limits(
+            settings.max_messages,
+            settings.max_media,
+            settings.max_text_chars,
+            settings.max_image_bytes,
+            settings.max_video_bytes,
+        ),
         max_new_tokens=settings.max_new_tokens,
         slots=Slots(settings.max_concurrency, settings.max_queue),
     )

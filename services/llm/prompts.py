@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 from jinja2 import TemplateError
 
 from hiprune.errors import InvalidInput, Unsupported
-from hiprune.v1 import llm_service_pb2
+from hiprune.v1 import llm_service_pb2, media_pb2
 from services.llm.chat import Chat
 
 _ROLES: Final = {
@@ -30,6 +30,8 @@ class Limits:
     max_messages: int
     max_media: int
     max_text_chars: int
+    max_image_bytes: int = 20 * 2**20
+    max_video_bytes: int = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +148,7 @@ def _check_parts(
                     field=f"{where}.{kind}",
                 )
             if kind == "media":
-                _check_media(part, takes_video, f"{where}.media")
+                _check_media(part.media, limits, takes_video, f"{where}.media")
             count += 1
             if count > limits.max_media:
                 raise InvalidInput(
@@ -168,12 +170,27 @@ def _check_text(message: llm_service_pb2.Message, text: str, chars: int, limits:
         )
 
 
-def _check_media(part: llm_service_pb2.Part, takes_video: bool, where: str) -> None:
-    match part.media.WhichOneof("content"):
+def _check_media(media: media_pb2.Media, limits: Limits, takes_video: bool, where: str) -> None:
+    match media.WhichOneof("content"):
         case None:
             raise InvalidInput("is empty, expected an image", reason="MISSING_FIELD", field=where)
+        case "image":
+            _check_size(len(media.image), limits.max_image_bytes, f"{where}.image")
         case "video" if not takes_video:
             raise Unsupported("this model's family takes images only", field=f"{where}.video")
+        case _:
+            frames = f"{where}.video.frames"
+            total = 0
+            for number, frame in enumerate(media.video.frames):
+                _check_size(len(frame), limits.max_image_bytes, f"{frames}[{number}]")
+                total += len(frame)
+            _check_size(total, limits.max_video_bytes, frames)
+
+
+def _check_size(size: int, most: int, field: str) -> None:
+    """Here already, at the front door: what is too large is not sent on."""
+    if size > most:
+        raise InvalidInput(f"{size} bytes, expected at most {most}", reason="LIMIT_EXCEEDED", field=field)
 
 
 def _check_reserved(index: int, message: llm_service_pb2.Message, chat: Chat) -> None:

@@ -46,6 +46,12 @@ class Settings(ServiceSettings):
     )
     max_messages: int = Field(128, ge=1, le=100_000, description="most turns of a conversation")
     max_media: int = Field(8, ge=1, le=1000, description="most images of a conversation")
+    max_image_bytes: int = Field(
+        20 * 2**20, ge=1, le=2**31 - 1, description="largest encoded image, or frame of a video, in bytes"
+    )
+    max_video_bytes: int = Field(
+        64 * 2**20, ge=1, le=2**31 - 1, description="all encoded frames of a video together, in bytes"
+    )
     max_text_chars: int = Field(
         32_768, ge=1, le=100_000_000, description="most characters of text in a conversation"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
@@ -14,6 +14,7 @@ from hiprune import checkpoints
 from hiprune.checkpoints import Checkpoint
 from hiprune.client import connect
 from hiprune.config import ConfigError
+from hiprune.intake import ROOM, SMALL_REQUEST
 from hiprune.v1 import encoder_service_pb2_grpc, pruner_service_pb2_grpc
 from services.pruner.cache import ModelIdentity, TokenCache
 from services.pruner.encoder import RemoteEncoder
@@ -36,6 +37,7 @@ class PrunerService:
         self._settings = settings
         self._servicer = PrunerServicer(settings)
         self._channel: grpc.aio.Channel | None = None
+        self._takes_video = False
 
     def register(self, server: grpc.aio.Server) -> None:
         """Adds the servicer."""
@@ -45,6 +47,7 @@ class PrunerService:
         """Loads the text encoder. Ready without the encoder, which may come later."""
         settings = self._settings
         checkpoint, text = await asyncio.to_thread(_load, settings)
+        self._takes_video = checkpoint.facts.takes_video
         identity = ModelIdentity(
             checkpoint.vision_digest,
             checkpoint.preprocessing_digest,
@@ -68,6 +71,16 @@ class PrunerService:
         await self._servicer.close()
         if self._channel is not None:
             await self._channel.close()
+
+    def request_bytes(self) -> Mapping[str, int]:
+        """See `hiprune.server.Service`: an image or a video with its question; anybody's tokens."""
+        settings = self._settings
+        media = max(settings.max_image_bytes, settings.max_video_bytes if self._takes_video else 0)
+        return {
+            "/hiprune.v1.PrunerService/PruneImage": media + 4 * settings.max_text_chars + ROOM,
+            "/hiprune.v1.PrunerService/PruneTokens": settings.max_message_bytes,
+            "/hiprune.v1.PrunerService/GetPruner": SMALL_REQUEST,
+        }
 
 
 def _load(settings: Settings) -> tuple[Checkpoint, TextEncoder | None]:

@@ -264,8 +264,16 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             raise InvalidInput(
                 f"{len(frames)} frames, expected 1 to {self._settings.max_frames}", field="media.video.frames"
             )
+        total = 0
         for number, frame in enumerate(frames):
             self._check_size(len(frame), f"media.video.frames[{number}]")
+            total += len(frame)
+        if total > self._settings.max_video_bytes:
+            raise InvalidInput(
+                f"{total} bytes, expected at most {self._settings.max_video_bytes} in all frames together",
+                field="media.video.frames",
+                reason="LIMIT_EXCEEDED",
+            )
         rate = media.video.frames_per_second
         if media.video.HasField("frames_per_second") and not 0 < rate < math.inf:
             raise InvalidInput(f"{rate}, expected more than 0", field="media.video.frames_per_second")

@@ -30,6 +30,9 @@ class Settings(ServiceSettings):
         20 * 2**20, ge=1, le=2**31 - 1, description="largest encoded image, or frame of a video, in bytes"
     )
     max_frames: int = Field(64, ge=1, le=4096, description="most frames of one video")
+    max_video_bytes: int = Field(
+        64 * 2**20, ge=1, le=2**31 - 1, description="all encoded frames of a video together, in bytes"
+    )
     max_text_chars: int = Field(32_768, ge=1, le=10_000_000, description="longest question, in characters")
     max_views: int = Field(256, ge=1, le=65_536, description="most views in one PruneTokens request")
     max_tokens: int = Field(

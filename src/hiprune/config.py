@@ -77,6 +77,11 @@ class ServiceSettings(BaseModel):
             )
         return self
 
+    @property
+    def max_request_bytes(self) -> int:
+        """Largest message to receive: a service that can need no more than less says so."""
+        return self.max_message_bytes
+
     @classmethod
     def read(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Self:
         """The settings of a process. Raises ConfigError; `--help` prints every setting and exits."""

@@ -8,12 +8,12 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
@@ -22,7 +22,8 @@ from grpc_status import rpc_status
 from hiprune import deadlines, telemetry
 from hiprune.checkpoints import CheckpointError
 from hiprune.config import ConfigError, ServiceSettings
-from hiprune.errors import Expired, HipruneError, Internal, InvalidInput, Unavailable, to_status
+from hiprune.errors import Expired, HipruneError, Internal, Unavailable, to_status
+from hiprune.intake import Intake, Parse
 
 log = logging.getLogger("hiprune.server")
 
@@ -46,6 +47,9 @@ class Service(Protocol):
 
     async def stop(self) -> None:
         """Frees everything; no request is running any more."""
+
+    def request_bytes(self) -> Mapping[str, int]:
+        """The largest request of each method, by its path, in bytes; asked once it is ready."""
 
 
 S = TypeVar("S", bound=ServiceSettings)
@@ -75,7 +79,7 @@ async def run(settings: ServiceSettings, service: Service) -> None:
     server = grpc.aio.server(
         interceptors=[gate],
         options=[
-            ("grpc.max_receive_message_length", settings.max_message_bytes),
+            ("grpc.max_receive_message_length", settings.max_request_bytes),
             ("grpc.max_send_message_length", settings.max_message_bytes),
             # clients must come back now and then to find new pods; a stream in flight gets its whole deadline
             ("grpc.max_connection_age_ms", settings.max_connection_age_ms),
@@ -110,7 +114,7 @@ async def run(settings: ServiceSettings, service: Service) -> None:
         )
         if starting.done():
             starting.result()
-            gate.open()
+            gate.open(service.request_bytes())
             for name in readiness:
                 await health.set(name, health_pb2.HealthCheckResponse.SERVING)
             log.info("ready on %s", settings.listen)
@@ -174,10 +178,12 @@ class RequestGate(grpc.aio.ServerInterceptor):
 
     def __init__(self, default_deadline_s: float) -> None:
         self._default_deadline_s = default_deadline_s
+        self._intake = Intake()
         self._open = False
 
-    def open(self) -> None:
-        """Lets requests through."""
+    def open(self, request_bytes: Mapping[str, int] | None = None) -> None:
+        """Lets requests through, each of at most so many bytes as its method's path says."""
+        self._intake.limit(request_bytes or {})
         self._open = True
 
     async def intercept_service(
@@ -192,21 +198,21 @@ class RequestGate(grpc.aio.ServerInterceptor):
         # requests come in as bytes: one that cannot be parsed is refused like any other bad input
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                self._stream(handler.unary_stream, handler.request_deserializer),
+                self._stream(details.method, handler.unary_stream, handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._unary(handler.unary_unary, handler.request_deserializer),
+            self._unary(details.method, handler.unary_unary, handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
     def _unary(
-        self, behaviour: Callable[..., Awaitable[Message]], parse: Callable[[bytes], Message]
+        self, method: str, behaviour: Callable[..., Awaitable[Message]], parse: Parse
     ) -> Callable[..., Awaitable[Message]]:
         async def guarded(request: bytes, context: Context) -> Message:
             try:
-                async with self._request(context):
-                    return await behaviour(_parsed(request, parse), context)
+                async with self._request(context), self._intake.message(method, request, parse) as message:
+                    return await behaviour(message, context)
             except Exception as error:
                 await _abort(context, error)
                 raise  # unreachable: abort raises
@@ -214,14 +220,15 @@ class RequestGate(grpc.aio.ServerInterceptor):
         return guarded
 
     def _stream(
-        self, behaviour: Callable[..., AsyncGenerator[Message]], parse: Callable[[bytes], Message]
+        self, method: str, behaviour: Callable[..., AsyncGenerator[Message]], parse: Parse
     ) -> Callable[..., Awaitable[None]]:
         # not a generator: one that waits for a slow client could neither be timed out nor closed in time
         async def guarded(request: bytes, context: Context) -> None:
             try:
                 async with (
                     self._request(context),
-                    aclosing(behaviour(_parsed(request, parse), context)) as messages,
+                    self._intake.message(method, request, parse) as asked,
+                    aclosing(behaviour(asked, context)) as messages,
                 ):
                     async for message in messages:
                         await context.write(message)
@@ -251,14 +258,6 @@ class RequestGate(grpc.aio.ServerInterceptor):
             if not limit.expired():  # somebody else's: a socket's, a library's
                 raise
             raise Expired("the deadline passed before the answer was ready") from error
-
-
-def _parsed(request: bytes, parse: Callable[[bytes], Message]) -> Message:
-    """The request's message. Raises InvalidInput."""
-    try:
-        return parse(request)
-    except DecodeError as error:
-        raise InvalidInput(f"{len(request)} bytes that are no message of this method") from error
 
 
 async def _abort(context: Context, error: Exception) -> None:

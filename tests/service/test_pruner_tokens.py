@@ -134,7 +134,9 @@ async def pruner(encoder, model):
     """A pruner with the stand-in for its encoder, and an empty cache."""
     serving = Serving(encoder.register)
     async with serving:
-        service = await started(serving.address, model, max_image_bytes=1000, max_frames=3)
+        service = await started(
+            serving.address, model, max_image_bytes=1000, max_frames=3, max_video_bytes=2000
+        )
         async with Serving(service.register) as channel:
             yield pruner_service_pb2_grpc.PrunerServiceStub(channel)
         await service.stop()
@@ -688,6 +690,8 @@ def of_video(*frames: bytes, **rate: float) -> pb.PruneImageRequest:
         (of_video(), *INVALID, "media.video.frames"),
         (of_video(*[b"x"] * 4), *INVALID, "media.video.frames"),
         (of_video(b"x", b""), *MISSING, "media.video.frames[1]"),
+        (of_video(b"x", bytes(1001)), *LIMIT, "media.video.frames[1]"),
+        (of_video(*[bytes(667)] * 3), *LIMIT, "media.video.frames"),
         (of_video(b"x", frames_per_second=0), *INVALID, "media.video.frames_per_second"),
         (of_video(b"x", frames_per_second=-1), *INVALID, "media.video.frames_per_second"),
         (of_video(b"x", frames_per_second=math.nan), *INVALID, "media.video.frames_per_second"),

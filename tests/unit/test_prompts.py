@@ -273,6 +273,21 @@ def test_a_video_is_unsupported_by_a_family_of_images(chat):
     assert refused.value.field == "messages[0].parts[0].media.video"
 
 
+def test_media_that_are_too_large_are_refused_at_the_front_door(chat):
+    limits = Limits(6, 3, 200, max_image_bytes=10, max_video_bytes=15)
+    part = "messages[0].parts[0].media"
+    takes_video = load_chat(EMBEDDED_MODEL, IMAGE_TOKEN, video_token_id=5)
+    for media, bound, field in (
+        (Media(image=bytes(11)), "11 bytes, expected at most 10", f"{part}.image"),
+        (Media(video=Video(frames=[b"x", bytes(11)])), "at most 10", f"{part}.video.frames[1]"),
+        (Media(video=Video(frames=[bytes(8)] * 2)), "16 bytes, expected at most 15", f"{part}.video.frames"),
+    ):
+        with pytest.raises(InvalidInput, match=bound) as refused:
+            read_prompt([turn(USER, pb.Part(media=media))], takes_video, limits, media="media")
+        assert (refused.value.field, refused.value.reason) == (field, "LIMIT_EXCEEDED")
+    assert read_prompt([turn(USER, pb.Part(media=Media(image=bytes(10))))], chat, limits, media="media")
+
+
 def test_words_that_a_normaliser_turns_into_a_special_token_are_refused(llava_chat):
     # this tokenizer looks for the token after it has lower-cased the text
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)

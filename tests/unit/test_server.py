@@ -357,6 +357,9 @@ class Sleeper(encoder_service_pb2_grpc.EncoderServiceServicer):
     async def stop(self):
         print("stopped", flush=True)
 
+    def request_bytes(self):
+        return {}
+
     async def GetEncoder(self, request, context):
         return pb.GetEncoderResponse()
 

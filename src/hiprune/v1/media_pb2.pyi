@@ -64,7 +64,9 @@ class Video(_message.Message):
     """The rate at which the frames were sampled, in frames per second; above 0; default 2."""
     @_builtins.property
     def frames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Encoded images in time order, each as in Media.image; all of one pixel size; at least 1."""
+        """Encoded images in time order, each as in Media.image; all of one pixel size; 1 up to the service's max_frames
+        (default 64), together at most its max_video_bytes (64 MiB) and max_video_pixels (150 million).
+        """
 
     def __init__(
         self,

@@ -1,0 +1,169 @@
+"""Requests as they arrive: bytes, held against their bounds before they become messages.
+
+Two bytes of a serialised message can make seventy in memory, an empty message in a repeated field, so that a
+bound on bytes alone is none on memory. Knows the wire format and the descriptors; knows no method's rules.
+
+Source of the wire format: protobuf.dev/programming-guides/encoding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Final
+
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import DecodeError, Message
+
+from hiprune.errors import Exhausted, InvalidInput
+
+MAX_HELD_BYTES: Final = 2**30
+"""Of all requests that are being served; each is in memory about twice, as bytes and as a message."""
+SMALL_REQUEST: Final = 64 * 2**10
+"""Requests up to it need no count of their fields, and fit a method that takes none to speak of."""
+ROOM: Final = 4 * 2**20
+"""What a method's bound has above its largest fields: one a little too large is refused by its name."""
+MAX_FIELDS: Final = 100_000
+BYTES_A_FIELD: Final = 256
+"""A request has at most MAX_FIELDS fields, or one for each so many of its bytes."""
+_THREAD_BYTES: Final = 256 * 2**10
+"""Requests above it are parsed off the event loop."""
+
+Parse = Callable[[bytes], Message]
+
+
+class Intake:
+    """What lets requests in: one for each server. Belongs to its event loop."""
+
+    def __init__(self, max_held_bytes: int = MAX_HELD_BYTES) -> None:
+        self._max_held_bytes = max_held_bytes
+        self._held = 0
+        self._limits: Mapping[str, int] = {}
+        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
+
+    def limit(self, request_bytes: Mapping[str, int]) -> None:
+        """Sets the largest request of each method, by its path; a method that is not named has no bound."""
+        self._limits = request_bytes
+
+    @asynccontextmanager
+    async def message(self, method: str, request: bytes, parse: Parse) -> AsyncIterator[Message]:
+        """The request's message, counted among what is held until it is answered.
+
+        Raises InvalidInput for one that is too large, has too many fields or cannot be parsed; Exhausted
+        when too much is held.
+        """
+        size = len(request)
+        most = self._limits.get(method, size)
+        if size > most:
+            raise InvalidInput(
+                f"{size} bytes of request, expected at most {most}: what its fields can hold",
+                reason="LIMIT_EXCEEDED",
+            )
+        if self._held and self._held + size > self._max_held_bytes:
+            raise Exhausted(
+                f"requests of {self._held} bytes are being served, {size} more; "
+                f"at most {self._max_held_bytes}",
+                retry_after_s=1,
+            )
+        self._held += size
+        try:
+            if size > _THREAD_BYTES:
+                loop = asyncio.get_running_loop()
+                yield await loop.run_in_executor(self._parser, _read, method, request, parse)
+            else:
+                yield _read(method, request, parse)
+        finally:
+            self._held -= size
+
+
+def check_fields(data: bytes, kind: Descriptor, *, most: int) -> None:
+    """Refuses a serialised `kind` of more than `most` fields, nested ones included; parses nothing.
+
+    Raises InvalidInput, also for what is malformed: a parser would say so too, but only at the end.
+    """
+    count = 0
+    waiting = [(0, len(data), kind)]
+    try:
+        while waiting:
+            position, end, kind = waiting.pop()
+            nested = _messages_of(kind)
+            while position < end:
+                count += 1
+                if count > most:
+                    raise InvalidInput(
+                        f"more than {most} fields in {len(data)} bytes of request", reason="LIMIT_EXCEEDED"
+                    )
+                tag, position = _varint(data, position)
+                match tag & 7:
+                    case 0:
+                        _, position = _varint(data, position)
+                    case 1:
+                        position += 8
+                    case 2:
+                        length, position = _varint(data, position)
+                        inner = nested.get(tag >> 3)
+                        if inner is not None:
+                            waiting.append((position, position + length, inner))
+                        position += length
+                    case 3 | 4:  # a group begins or ends: of an unknown field, kept as bytes
+                        pass
+                    case 5:
+                        position += 4
+                    case _:
+                        raise _no_message(data)
+            if position > end:
+                raise _no_message(data)
+    except IndexError as error:  # ends within a number
+        raise _no_message(data) from error
+
+
+def _read(method: str, request: bytes, parse: Parse) -> Message:
+    if len(request) > SMALL_REQUEST:
+        most = max(MAX_FIELDS, len(request) // BYTES_A_FIELD)
+        check_fields(request, _request_of(method), most=most)
+    try:
+        return parse(request)
+    except DecodeError as error:
+        raise _no_message(request) from error
+
+
+def _no_message(request: bytes) -> InvalidInput:
+    return InvalidInput(f"{len(request)} bytes that are no message of this method")
+
+
+@functools.cache
+def _request_of(method: str) -> Descriptor:
+    """The request's type of a method, by its path `/package.Service/Method`."""
+    name = method.removeprefix("/").replace("/", ".")
+    found: Descriptor = descriptor_pool.Default().FindMethodByName(name).input_type
+    return found
+
+
+@functools.cache
+def _messages_of(kind: Descriptor) -> Mapping[int, Descriptor]:
+    """The fields of a message that hold messages, by number."""
+    found = {}
+    for field in kind.fields:
+        if field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type is not None:
+            found[field.number] = field.message_type
+    return found
+
+
+def _varint(data: bytes, position: int) -> tuple[int, int]:
+    """A number, and where it ends. Raises IndexError where the data do first."""
+    byte = data[position]
+    position += 1
+    if byte < 0x80:
+        return byte, position
+    number = byte & 0x7F
+    for shift in range(7, 70, 7):
+        byte = data[position]
+        position += 1
+        number |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return number, position
+    raise IndexError("a number of more than ten bytes")
