@@ -44,7 +44,7 @@ class AnyresTower:
         """
         self.model = model
         self._forward = ViewForward(model, leading=leading)
-        self.dtype = self._forward.dtype
+        self.device, self.dtype = self._forward.device, self._forward.dtype
         self._family = checkpoint.facts.family
         self._grid = checkpoint.facts.grid or (0, 0)
         self._tile = int(checkpoint.config["vision_config"]["image_size"])
@@ -68,7 +68,7 @@ class AnyresTower:
             tile_columns=tiles.columns,
         )
         cost = len(pixels) * self._grid[0] * self._grid[1]
-        return Prepared(transfers.pin(pixels, self._forward.device), cost, layout)
+        return Prepared(transfers.pin(pixels, self.device), cost, layout)
 
     def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
         """Never called: the family takes no video."""

@@ -19,6 +19,11 @@ from services.encoder.families import EncodedView, Prepared, Tower
 from services.encoder.images import ImageLimits, decode, decode_image, inspect
 from services.encoder.settings import Settings
 
+BATCH_PATCHES: Final = {"cpu": 1152, "cuda": 16_384}
+"""Patches of a forward where no setting says how many. On a CPU two LLaVA images, since larger batches leave
+its caches and slow down (`benchmarks/encoder_load.py`); on a GPU 28 of them, or one of 1792 × 1792 pixels in
+Qwen2.5-VL."""
+
 DEFAULT_RATE: Final = 2.0
 """Frames per second of a video that says nothing else."""
 
@@ -55,7 +60,7 @@ class VisionEngine:
         self._batcher: MicroBatcher[_Job, list[EncodedView]] = MicroBatcher(
             self._run,
             cost=lambda job: job.prepared.patches,
-            max_batch_cost=settings.max_batch_patches,
+            max_batch_cost=settings.max_batch_patches or BATCH_PATCHES[tower.device.type],
             max_queue_cost=settings.max_queue_patches,
             max_wait_ms=settings.max_wait_ms,
         )

@@ -45,7 +45,10 @@ class Settings(ServiceSettings):
         150_000_000, ge=1, le=2**40, description="all frames of a video together, in pixels of their headers"
     )
     max_batch_patches: int = Field(
-        4 * 1024, ge=1, le=2**31 - 1, description="most patches in one forward; a larger image runs alone"
+        0,
+        ge=0,
+        le=2**31 - 1,
+        description="most patches in one forward, a larger image running alone; 0: 1152, or 16384 on a GPU",
     )
     max_queue_patches: int = Field(
         64 * 1024, ge=1, le=2**31 - 1, description="most patches waiting; more are refused as overload"

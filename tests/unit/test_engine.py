@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 
 import pytest
@@ -21,19 +22,22 @@ from services.encoder.settings import Settings
 class Tower:
     """Keeps the sizes of the frames it is given."""
 
-    dtype = torch.float32
+    device, dtype = torch.device("cpu"), torch.float32
 
-    def __init__(self) -> None:
+    def __init__(self, patches: int = 1) -> None:
         self.sizes: list[tuple[int, int]] = []
+        self.batches: list[int] = []
+        self._patches = patches
 
     def prepare(self, image):
         return self.prepare_video([image], 1)
 
     def prepare_video(self, frames, frames_per_second):
         self.sizes = [frame.size for frame in frames]
-        return Prepared(torch.zeros(1), 1)
+        return Prepared(torch.zeros(1), self._patches)
 
     def encode(self, items, layers, aligned):
+        self.batches.append(len(items))
         return [[EncodedView(torch.zeros(1, 1), {}, (1, 1))] for _ in items]
 
     def warm_up(self, layers):
@@ -101,3 +105,21 @@ def test_all_frames_of_a_video_together_are_bounded_in_bytes() -> None:
         with pytest.raises(InvalidInput, match="30 bytes, expected at most 20") as caught:
             servicer._check_video(request.media.video)
         assert (caught.value.field, caught.value.reason) == ("media.video.frames", "LIMIT_EXCEEDED")
+
+
+@pytest.mark.parametrize(("setting", "batches"), [(0, [2, 2, 1]), (576, [1] * 5), (3 * 576, [3, 2])])
+async def test_forwards_hold_two_llava_images_on_a_cpu_unless_told_otherwise(
+    setting: int, batches: list[int]
+) -> None:
+    tower = Tower(patches=576)
+    engine = VisionEngine(tower, Settings(max_batch_patches=setting, max_wait_ms=200, decode_threads=5))
+    media = media_pb2.Media(video=media_pb2.Video(frames=[frame()]))
+    try:
+        # the first arrival waits for company, for at most 200 ms
+        await asyncio.gather(
+            *(engine.encode(media, [], aligned=False, clock=start_clock()) for _ in range(sum(batches)))
+        )
+    finally:
+        await engine.close()
+    assert sum(tower.batches) == sum(batches)
+    assert max(tower.batches) == max(batches)

@@ -49,6 +49,7 @@ class EncodedView:
 class Tower(Protocol):
     """A loaded vision tower."""
 
+    device: torch.device
     dtype: torch.dtype
     """Of the features."""
 

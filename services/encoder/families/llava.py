@@ -34,7 +34,7 @@ class ClipTower:
         # with the layers behind it never loaded, the last hidden state is the feature
         config.num_hidden_layers = facts.deep_layer
         config._attn_implementation = "sdpa"
-        self.dtype = dtype
+        self.device, self.dtype = device, dtype
         self._grid = facts.grid or (0, 0)
         self.model = load_part(
             CLIPVisionModel,
@@ -55,7 +55,7 @@ class ClipTower:
         """One view, (1, 3, h, w)."""
         pixels = self._processor(image, return_tensors="pt")["pixel_values"]
         height, width = self._grid
-        return Prepared(transfers.pin(pixels, self._forward.device), height * width)
+        return Prepared(transfers.pin(pixels, self.device), height * width)
 
     def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
         """Never called: the family takes no video."""

@@ -37,8 +37,7 @@ class QwenTower:
         facts = checkpoint.facts
         config = Qwen2_5_VLVisionConfig(**checkpoint.config["vision_config"])
         config._attn_implementation = "sdpa"
-        self.dtype = dtype
-        self._device = device
+        self.device, self.dtype = device, dtype
         self._merge = int(config.spatial_merge_size)
         self.model = load_part(
             Qwen2_5_VisionTransformerPretrainedModel,
@@ -93,16 +92,16 @@ class QwenTower:
         grids = [tuple(item.pixels.shape[:3]) for item in items]  # T, H, W in merged tokens
         patches = [item.pixels.flatten(0, 3) for item in items]  # (nᵢ, P) each
         grid_thw = torch.tensor(
-            [(slices, height * merge, width * merge) for slices, height, width in grids], device=self._device
+            [(slices, height * merge, width * merge) for slices, height, width in grids], device=self.device
         )
         with self._capture.recording(layers) as scores:
-            output = self.model(transfers.to_device(patches, self._device, self.dtype), grid_thw=grid_thw)
+            output = self.model(transfers.to_device(patches, self.device, self.dtype), grid_thw=grid_thw)
         # Inside the tower, tokens stand window by window, so scores of windows and of whole slices alike come
         # in that order, four patches of a merged token side by side.
         window_index, _ = get_vision_window_index(
             grid_thw, merge, window_size=self.model.window_size, patch_size=self.model.patch_size
         )
-        row_major = torch.argsort(window_index).to(self._device)  # (N,)
+        row_major = torch.argsort(window_index).to(self.device)  # (N,)
         with transfers.download() as fetch:
             features = fetch(output.pooler_output)  # (N, D), row-major: the tower has undone its permutation
             merged = {
@@ -128,7 +127,7 @@ class QwenTower:
 
     def warm_up(self, layers: Collection[int]) -> None:
         """See `Tower`. Once with a small image, and on a GPU with a large one, which takes other kernels."""
-        sides = (_SMALL_SIDE, _LARGE_SIDE) if self._device.type == "cuda" else (_SMALL_SIDE,)
+        sides = (_SMALL_SIDE, _LARGE_SIDE) if self.device.type == "cuda" else (_SMALL_SIDE,)
         for side in sides:
             self.encode([self.prepare(BLANK.resize((side, side)))], layers, [False])
 
@@ -154,7 +153,7 @@ class QwenTower:
         merge = self._merge
         pixels = patches.view(-1, height // merge, width // merge, merge * merge, patches.shape[1])
         return Prepared(
-            transfers.pin(pixels, self._device), len(patches), layout or encoder_service_pb2.MediaLayout()
+            transfers.pin(pixels, self.device), len(patches), layout or encoder_service_pb2.MediaLayout()
         )
 
 

@@ -50,7 +50,7 @@ class VideoLlavaTowers:
     """Both towers, the pixels for them, and the projector into the language model's space."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        self.device, self.dtype = device, dtype
         self._grid = checkpoint.facts.grid or (0, 0)
         self.image_tower = load_frames_tower(checkpoint, "image_tower", device, dtype)
         self.video_tower = load_frames_tower(checkpoint, "video_tower", device, dtype)
@@ -84,7 +84,7 @@ class VideoLlavaTowers:
         return Prepared(self._pinned(pixels), len(chosen) * (height * width + 1), layout)
 
     def _pinned(self, pixels: torch.Tensor) -> torch.Tensor:
-        return transfers.pin(pixels, self._forwards[0].device)
+        return transfers.pin(pixels, self.device)
 
     def _pixels(self, images: list[Image.Image]) -> torch.Tensor:
         """(F, 3, h, w) float32 of F images.
