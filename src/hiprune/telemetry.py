@@ -1,4 +1,4 @@
-"""Names of stages, spans and counters, and what reports them. Silent until `set_up` is given an endpoint.
+"""Names of stages, spans, counters and gauges, and what reports them. Silent until `set_up` has an endpoint.
 
 One `with stage("vision"):` both times the stage for the caller's report and opens an OpenTelemetry span.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from opentelemetry import context as otel_context
 from opentelemetry import metrics, propagate, trace
@@ -45,8 +45,27 @@ COUNTERS: Final = {
         "{operation}",
         "operations on limits that this process decided alone, its Redis being slow or down",
     ),
+    "hiprune.cache.lookups": (
+        "{lookup}",
+        "look-ups in the cache of images; labels level (encoded, pruned) and outcome (hit, miss, damaged, "
+        "other_dtype)",
+    ),
+    "hiprune.cache.stored": ("By", "bytes stored in the cache of images; label level"),
+    "hiprune.cache.failures": (
+        "{operation}",
+        "operations that a Redis was too slow, too full or not there for; label operation (get, put)",
+    ),
+    "hiprune.cache.joins": (
+        "{request}",
+        "requests that shared another's encoding of the same image; label scope (process, replicas)",
+    ),
 }
 """Every counter: its unit and what it counts."""
+
+GAUGES: Final = {
+    "hiprune.cache.breaker": ("1", "1 while a Redis that failed is left alone, else 0"),
+}
+"""Every gauge: its unit and what it tells."""
 
 
 class StageClock:
@@ -110,6 +129,19 @@ def _counter(name: str) -> metrics.Counter:
         raise ValueError(f"counter {name!r} is not declared in hiprune.telemetry.COUNTERS")
     unit, meaning = COUNTERS[name]
     return metrics.get_meter("hiprune").create_counter(name, unit, meaning)
+
+
+def measure(name: str, value: float) -> None:
+    """Sets a gauge. `name` is one of GAUGES."""
+    _gauge(name).set(value)
+
+
+@cache
+def _gauge(name: str) -> Any:  # OpenTelemetry's class has no public name
+    if name not in GAUGES:
+        raise ValueError(f"gauge {name!r} is not declared in hiprune.telemetry.GAUGES")
+    unit, meaning = GAUGES[name]
+    return metrics.get_meter("hiprune").create_gauge(name, unit, meaning)
 
 
 def outgoing_metadata() -> tuple[tuple[str, str], ...]:
