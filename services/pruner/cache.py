@@ -10,34 +10,38 @@ tenant's name. Knows what identifies an answer; does not know how one is compute
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
-import hmac
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from google.protobuf.message import Message
 
-from hiprune import tensors
+from hiprune import cache_keys, telemetry, tensors
 from hiprune.telemetry import stage
 from hiprune.tensors import Memory
-from hiprune.v1 import encoder_service_pb2, media_pb2, pruner_service_pb2
+from hiprune.v1 import encoder_service_pb2, media_pb2, pruner_service_pb2, tensor_pb2
 from services.pruner import records
 from services.pruner.policy import Policy
+from services.pruner.replicas import Replicas
 from services.pruner.selection import SELECTION_VERSION
 from services.pruner.stores import Store
 
 log = logging.getLogger("hiprune.pruner.cache")
 
-NAMESPACE: Final = b"hiprune:v1"
-_MAX_PENDING: Final = 64
-_THREAD_BYTES: Final = 256 * 1024
-"""Values above it are hashed and parsed off the event loop: a megabyte takes a millisecond."""
+Level = Literal["encoded", "pruned"]
+M = TypeVar("M", encoder_service_pb2.EncodeImageResponse, pruner_service_pb2.PrunedMedia)
+Result = TypeVar("Result")
 
-M = TypeVar("M", bound=Message)
+_MAX_PENDING: Final = 64
+_THREAD_BYTES: Final = 1024 * 1024
+"""Values above it are checked and parsed off the event loop: a megabyte takes a quarter of a millisecond."""
+_TENANTS_REMEMBERED: Final = 1024
+_CLOSE_S: Final = 5.0
+"""For entries still on their way to the store when the process ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +60,13 @@ class TenantKeys:
     """Keys of one tenant, derived from the cache secret: HKDF for the tenant, HMAC for each entry."""
 
     def __init__(self, cache_secret: bytes, tenant: str, model: ModelIdentity) -> None:
-        self.secret = HKDF(SHA256(), 32, salt=None, info=b"hiprune tenant " + tenant.encode()).derive(
-            cache_secret
-        )
-        self.prefix = b":".join((NAMESPACE, self._mac(b"tenant")[:32]))
+        self.secret = cache_keys.tenant_secret(cache_secret, tenant)
+        self.prefix = cache_keys.tenant_prefix(self.secret)
         self._model = model
 
     def encoded(self, media_digest: bytes) -> bytes:
         """Key of an encoded image."""
-        return b":".join((self.prefix, b"e", self._mac(*self._image(media_digest))))
+        return self._key(b"e", *self._image(media_digest))
 
     def pruned(self, media_digest: bytes, policy: Policy, question: str) -> bytes:
         """Key of a pruned image; the question counts only where the method reads it."""
@@ -75,37 +77,72 @@ class TenantKeys:
         ]
         if policy.reads_text:
             parts.append(hashlib.sha256(question.encode()).digest())
-        return b":".join((self.prefix, b"p", self._mac(*parts)))
+        return self._key(b"p", *parts)
+
+    def claim(self, media_digest: bytes, layers: Collection[int], aligned: bool) -> bytes:
+        """Key by which one pruner tells the others that it is encoding so much of an image."""
+        scope = repr((sorted(layers), aligned)).encode()
+        return self._key(b"l", *self._image(media_digest), scope)
 
     def _image(self, media_digest: bytes) -> tuple[bytes, ...]:
         model = self._model
         identity = (model.vision_digest, model.preprocessing_digest, model.paired_digest)
         return (media_digest, *(part.encode() for part in identity))
 
-    def _mac(self, *parts: bytes) -> bytes:
-        """HMAC-SHA256 (hex) of length-prefixed parts."""
-        return hmac.new(self.secret, length_prefixed(parts), hashlib.sha256).hexdigest().encode()
+    def _key(self, kind: bytes, *parts: bytes) -> bytes:
+        return b":".join((self.prefix, kind, cache_keys.mac(self.secret, *parts)))
+
+
+@dataclass(slots=True)
+class _Put:
+    """An entry on its way to the store: readable here as soon as it is packed."""
+
+    packed: asyncio.Future[bytes | None]
+    task: asyncio.Task[None]
+    size: int
 
 
 class TokenCache:
     """Encoded and pruned images over a store."""
 
-    def __init__(self, store: Store, *, secret: bytes, model: ModelIdentity, max_value_bytes: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        *,
+        secret: bytes,
+        model: ModelIdentity,
+        max_value_bytes: int,
+        max_pending_bytes: int | None = None,
+    ) -> None:
+        """`max_pending_bytes` bounds what is on its way to the store: by default two of the largest."""
         self.store = store
         self._secret = secret
         self._model = model
         self._max_value_bytes = max_value_bytes
-        self._pending: dict[bytes, asyncio.Task[None]] = {}
+        self._max_pending_bytes = 2 * max_value_bytes if max_pending_bytes is None else max_pending_bytes
+        self._pending: dict[bytes, _Put] = {}
+        self._pending_bytes = 0
+        self._dtype: tensor_pb2.DataType.ValueType | None = None  # of what the encoder last answered
+        # threads of our own: asyncio's default ones may all be waiting for a name server
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="cache")
+        self.replicas = Replicas(store.claims)
+        self._keys = functools.lru_cache(_TENANTS_REMEMBERED)(self._derive)
+
+    @property
+    def pending(self) -> int:
+        """Entries on their way to the store."""
+        return len(self._pending)
 
     def keys(self, tenant: str) -> TenantKeys:
         """The keys of a tenant."""
-        return TenantKeys(self._secret, tenant, self._model)
+        return self._keys(tenant)
 
     async def get_encoded(
-        self, keys: TenantKeys, media_digest: bytes
+        self, keys: TenantKeys, media_digest: bytes, *, again: bool = False
     ) -> encoder_service_pb2.EncodeImageResponse | None:
-        """The encoded image, or None."""
-        return await self._get(keys, keys.encoded(media_digest), encoder_service_pb2.EncodeImageResponse)
+        """The encoded image, or None. `again` for a caller who has just missed it: that counts once."""
+        key = keys.encoded(media_digest)
+        return await self._get(keys, key, encoder_service_pb2.EncodeImageResponse, "encoded", again)
 
     def put_encoded(
         self,
@@ -113,17 +150,20 @@ class TokenCache:
         media_digest: bytes,
         image: encoder_service_pb2.EncodeImageResponse,
         memory: Memory | None = None,
-    ) -> None:
-        """Stores an encoded image, in the background: with every row of it, also of those in `memory`."""
-        self._put(keys, keys.encoded(media_digest), image, memory)
+    ) -> asyncio.Future[None]:
+        """Stores an encoded image, in the background: with every row of it, also of those in `memory`.
+
+        What it returns is done when the entry can be found by others, or will not be.
+        """
+        self._dtype = _dtype_of(image)
+        return self._put(keys, keys.encoded(media_digest), image, "encoded", memory)
 
     async def get_pruned(
         self, keys: TenantKeys, media_digest: bytes, policy: Policy, question: str
     ) -> pruner_service_pb2.PrunedMedia | None:
         """The pruned image, or None."""
-        return await self._get(
-            keys, keys.pruned(media_digest, policy, question), pruner_service_pb2.PrunedMedia
-        )
+        key = keys.pruned(media_digest, policy, question)
+        return await self._get(keys, key, pruner_service_pb2.PrunedMedia, "pruned")
 
     def put_pruned(
         self,
@@ -134,71 +174,146 @@ class TokenCache:
         media: pruner_service_pb2.PrunedMedia,
     ) -> None:
         """Stores a pruned image, in the background."""
-        self._put(keys, keys.pruned(media_digest, policy, question), media)
+        self._put(keys, keys.pruned(media_digest, policy, question), media, "pruned")
+
+    async def settled(self) -> None:
+        """Returns when everything put so far can be found, or will not be."""
+        if self._pending:
+            await asyncio.wait([put.task for put in self._pending.values()])
 
     async def close(self) -> None:
-        """Finishes what is being stored, then closes the store."""
-        await asyncio.gather(*self._pending.values())
+        """Finishes what is being stored, if that does not take long, then closes the store."""
+        tasks = [put.task for put in self._pending.values()]
+        if tasks:
+            _, unfinished = await asyncio.wait(tasks, timeout=_CLOSE_S)
+            for task in unfinished:
+                task.cancel()
+        await self.replicas.close()
         await self.store.close()
+        self._threads.shutdown(wait=False)
 
-    async def _get(self, keys: TenantKeys, key: bytes, kind: type[M]) -> M | None:
+    async def _get(
+        self, keys: TenantKeys, key: bytes, kind: type[M], level: Level, again: bool = False
+    ) -> M | None:
         with stage("cache_get"):
-            if (pending := self._pending.get(key)) is not None:
-                await asyncio.shield(pending)  # read what this process is just writing
-            value = await self.store.get(key)
-            if value is None:
-                return None
-            try:
-                if len(value) > _THREAD_BYTES:
-                    return await asyncio.to_thread(records.unpack, value, kind, key=key, secret=keys.secret)
-                return records.unpack(value, kind, key=key, secret=keys.secret)
-            except records.DamagedRecord as error:
-                log.warning("a damaged cache value was deleted: %s", error)
-                await self.store.delete(key)
-                return None
+            message, outcome = await self._find(keys, key, kind)
+            if self.store.name != "off" and not (again and message is None):
+                telemetry.count("hiprune.cache.lookups", level=level, outcome=outcome)
+            return message
 
-    def _put(self, keys: TenantKeys, key: bytes, message: Message, memory: Memory | None = None) -> None:
+    async def _find(self, keys: TenantKeys, key: bytes, kind: type[M]) -> tuple[M | None, str]:
+        """An entry that may be used, and what became of the look-up."""
+        put = self._pending.get(key)
+        # what this process is just writing is read here, and not behind a store that may be slow
+        value = await (self.store.get(key) if put is None else asyncio.shield(put.packed))
+        if value is None:
+            return None, "miss"
+        unpack = functools.partial(records.unpack, value, kind, key=key, secret=keys.secret)
+        try:
+            message = unpack() if len(value) <= _THREAD_BYTES else await self._off_loop(unpack)
+            if isinstance(message, encoder_service_pb2.EncodeImageResponse):
+                _check_scores(message)
+        except records.DamagedRecord as error:
+            log.warning("a damaged cache value was deleted: %s", error)
+            await self.store.delete(key)
+            return None, "damaged"
+        if self._dtype is not None and _dtype_of(message) not in (None, self._dtype):
+            return None, "other_dtype"  # of an encoder that ran in another type: replaced by what comes
+        return message, "hit"
+
+    def _put(
+        self, keys: TenantKeys, key: bytes, message: Message, level: Level, memory: Memory | None = None
+    ) -> asyncio.Future[None]:
         """Stores behind the answer. What does not fit, in size or in the queue, is not cached."""
+        loop = asyncio.get_running_loop()
+        nothing: asyncio.Future[None] = loop.create_future()
+        nothing.set_result(None)
         if self.store.name == "off" or len(self._pending) >= _MAX_PENDING:
-            return
+            return nothing
         # by its tensors, for now: protobuf's own count serialises the message, and this is the event loop
-        if not self._fits(sum(tensors.length_of(each) for each in tensors.tensors_in(message))):
-            return
-        after = self._pending.get(key)
-        task = asyncio.create_task(self._store(keys, key, message, memory, after=after))
-        self._pending[key] = task
-        task.add_done_callback(lambda done: self._stored(key, done))
+        size = sum(tensors.length_of(each) for each in tensors.tensors_in(message))
+        if not self._fits(size) or self._pending_bytes + size > self._max_pending_bytes:
+            return nothing
+        before = self._pending.get(key)
+        packed: asyncio.Future[bytes | None] = loop.create_future()
+        pack = functools.partial(_pack, message, memory, key=key, secret=keys.secret)
+        work = self._store(keys, key, pack, packed, level, after=before.task if before else None)
+        put = _Put(packed, asyncio.create_task(work), size)
+        self._pending[key] = put
+        self._pending_bytes += size
+        put.task.add_done_callback(lambda done: self._stored(key, put))
+        return put.task
 
-    def _stored(self, key: bytes, done: asyncio.Task[None]) -> None:
+    def _stored(self, key: bytes, put: _Put) -> None:
         """Forgets a finished put, unless a later one for the same key has taken its place."""
-        if self._pending.get(key) is done:
+        self._pending_bytes -= put.size
+        if not put.packed.done():
+            put.packed.set_result(None)
+        if self._pending.get(key) is put:
             del self._pending[key]
+        if not put.task.cancelled() and (error := put.task.exception()) is not None:
+            log.error("an entry could not be stored", exc_info=error)
 
     async def _store(
         self,
         keys: TenantKeys,
         key: bytes,
-        message: Message,
-        memory: Memory | None,
+        pack: Callable[[], bytes | None],
+        packed: asyncio.Future[bytes | None],
+        level: Level,
         *,
         after: asyncio.Task[None] | None,
     ) -> None:
-        if after is not None:
-            await asyncio.wait({after})  # two puts of one key end in their order: the last one stays
-
-        def pack() -> bytes:
-            # a segment is one call's: what is stored holds its own bytes
-            return records.pack(tensors.inlined(message, memory), key=key, secret=keys.secret)
-
-        value = await asyncio.to_thread(pack)
-        if self._fits(len(value)):
-            await self.store.put(key, value)
+        with stage("cache_put"):
+            value = await self._off_loop(pack)
+            del pack  # and with it the message, or the segment that it lies in
+            if value is not None and not self._fits(len(value)):
+                value = None
+            packed.set_result(value)
+            if after is not None:
+                await asyncio.wait({after})  # two puts of one key end in their order: the last one stays
+            if value is not None and await self.store.put(key, value, owner=keys.prefix):
+                telemetry.count("hiprune.cache.stored", len(value), level=level)
 
     def _fits(self, size: int) -> bool:
         """Whether an entry of so many bytes is cached; says so where not."""
         if size > self._max_value_bytes:
             log.info("an entry of %d bytes is above cache_value_bytes and is not cached", size)
         return size <= self._max_value_bytes
+
+    def _derive(self, tenant: str) -> TenantKeys:
+        return TenantKeys(self._secret, tenant, self._model)
+
+    async def _off_loop(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _pack(message: Message, memory: Memory | None, *, key: bytes, secret: bytes) -> bytes | None:
+    """The value to store; None for a message with a NaN or an infinity in it, which nobody shall find."""
+    # a segment is one call's: what is stored holds its own bytes
+    whole = tensors.inlined(message, memory)
+    if not records.is_finite(whole):
+        log.warning("an entry with numbers that are not finite is not cached")
+        return None
+    return records.pack(whole, key=key, secret=secret)
+
+
+def _check_scores(image: encoder_service_pb2.EncodeImageResponse) -> None:
+    """Raises DamagedRecord for scores that no selection could use."""
+    for view in image.views:
+        for entry in view.attention:
+            if not records.is_finite(entry.scores):
+                raise records.DamagedRecord(f"the scores of layer {entry.layer} are not finite")
+
+
+def _dtype_of(
+    message: encoder_service_pb2.EncodeImageResponse | pruner_service_pb2.PrunedMedia,
+) -> tensor_pb2.DataType.ValueType | None:
+    """Element type of an image's features; None where there are none."""
+    for view in message.views:
+        if view.HasField("features"):
+            return view.features.dtype
+    return None
 
 
 def media_digest(media: media_pb2.Media) -> bytes:
@@ -215,8 +330,3 @@ def _digest(tag: bytes, parts: Sequence[bytes], tail: bytes) -> bytes:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()
-
-
-def length_prefixed(parts: Sequence[bytes]) -> bytes:
-    """The parts, each behind its length, so that no two lists of parts give the same bytes."""
-    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)

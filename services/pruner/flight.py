@@ -1,4 +1,4 @@
-"""Single flight: concurrent callers who want the same thing share one piece of work.
+"""Single flight in this process: concurrent callers who want the same thing share one piece of work.
 
 The work belongs to no caller: a cancelled leader does not fail its followers, and the work stops when the
 last waiter leaves.
@@ -13,7 +13,7 @@ from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from hiprune import deadlines
+from hiprune import deadlines, telemetry
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
@@ -47,6 +47,8 @@ class SingleFlight(Generic[Key, Result]):
             flight = _Flight(asyncio.create_task(work(), context=context), 0)
             self._flights[key] = flight
             flight.task.add_done_callback(functools.partial(self._landed, key, flight))
+        else:
+            telemetry.count("hiprune.cache.joins", scope="process")
         flight.waiters += 1
         try:
             return await asyncio.shield(flight.task)

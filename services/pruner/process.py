@@ -15,12 +15,14 @@ from hiprune.checkpoints import Checkpoint
 from hiprune.client import connect
 from hiprune.config import ConfigError
 from hiprune.intake import ROOM, SMALL_REQUEST
+from hiprune.redis_clients import EXPECTED
 from hiprune.v1 import encoder_service_pb2_grpc, pruner_service_pb2_grpc
 from services.pruner.cache import ModelIdentity, TokenCache
 from services.pruner.encoder import RemoteEncoder
+from services.pruner.redis_store import RedisStore
 from services.pruner.service import PrunerServicer
 from services.pruner.settings import Settings
-from services.pruner.stores import MemoryStore, NoStore, RedisStore, Store
+from services.pruner.stores import MemoryStore, NoStore, Store
 
 if TYPE_CHECKING:
     from services.pruner.text import TextEncoder
@@ -113,13 +115,16 @@ def open_store(settings: Settings) -> Store:
                     settings.redis_url.get_secret_value(),
                     ttl_s=settings.cache_ttl_s,
                     timeout_s=settings.cache_timeout_ms / 1000,
+                    share_bytes=settings.cache_tenant_bytes,
+                    max_value_bytes=settings.cache_value_bytes,
                 )
             except (ValueError, TypeError):
                 raise ConfigError(
-                    "redis_url (--redis-url, HIPRUNE_PRUNER_REDIS_URL): got a secret, expected redis://, "
-                    "rediss:// or unix:// with options that Redis clients know"
+                    f"redis_url (--redis-url, HIPRUNE_PRUNER_REDIS_URL): got a secret, expected {EXPECTED}"
                 ) from None  # the cause holds parts of the URL, and so of its password
         case "memory":
-            return MemoryStore(settings.cache_bytes, settings.cache_ttl_s)
+            return MemoryStore(
+                settings.cache_bytes, settings.cache_ttl_s, share_bytes=settings.cache_tenant_bytes
+            )
         case _:
             return NoStore()

@@ -7,10 +7,11 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 import torch
 
+from hiprune import deadlines
 from hiprune.auth import ANONYMOUS_TENANT
 from hiprune.checkpoints import Checkpoint
 from hiprune.errors import InvalidInput, Mismatch
@@ -32,6 +33,8 @@ from services.pruner.settings import Settings
 from services.pruner.text import TextEncoder
 
 Result = TypeVar("Result")
+_Status: TypeAlias = tuple[Encoded, pruner_service_pb2.CacheStatus.ValueType]
+"""An encoded image, and where it came from."""
 NO_TEXT_MODEL: Final = "this pruner has no paired text encoder, so a question cannot guide it"
 
 
@@ -45,7 +48,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._flights: SingleFlight[tuple[object, ...], Encoded] = SingleFlight()
+        self._flights: SingleFlight[bytes, _Status] = SingleFlight()
         # one thread: the text encoder is not for several, and a question takes milliseconds
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
         # threads of our own: asyncio's default ones may all be waiting for a name server
@@ -162,34 +165,45 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
 
     async def _encoded(
         self, media: media_pb2.Media, policy: Policy, keys: TenantKeys, digest: bytes, clock: StageClock
-    ) -> tuple[Encoded, pruner_service_pb2.CacheStatus.ValueType]:
+    ) -> _Status:
         """The encoded image with all that the policy reads, from the cache or the encoder."""
         facts = self._checkpoint.facts
+        # half of the time for another pruner's work, half for one's own
+        wait_s = (deadlines.remaining_s() or self._settings.default_deadline_ms / 1000) / 2
         # more than this policy reads, where an entry is kept: it then serves every later policy and question
         layers = {facts.object_layer, facts.deep_layer, policy.object_layer}
         keeps = policy.reads_text or self._cache.store.name != "off"
         aligned = self._text is not None and facts.compares == "aligned" and keeps
         cached = await self._cache.get_encoded(keys, digest)
         if cached is not None:
-            held = {entry.layer for entry in cached.views[0].attention}
-            holds_aligned = cached.views[0].HasField("aligned")
-            if layers <= held and (holds_aligned or not aligned):
+            if _serves(cached, layers, aligned):
                 return Encoded(cached), pruner_service_pb2.CACHE_STATUS_ENCODED_HIT
             # replaced by the union, so that two policies do not drive each other out
-            layers |= held
-            aligned = aligned or holds_aligned
+            layers |= {entry.layer for entry in cached.views[0].attention}
+            aligned = aligned or cached.views[0].HasField("aligned")
         request = encoder_service_pb2.EncodeImageRequest(media=media, layers=sorted(layers), aligned=aligned)
 
-        async def work() -> Encoded:
+        # aligned and layers are part of the key: a flight without them must not serve who needs them
+        flight = keys.claim(digest, layers, aligned)
+
+        async def find() -> _Status | None:
+            image = await self._cache.get_encoded(keys, digest, again=True)
+            if image is None or not _serves(image, layers, aligned):
+                return None
+            return Encoded(image), pruner_service_pb2.CACHE_STATUS_ENCODED_HIT
+
+        async def make() -> tuple[_Status, asyncio.Future[None]]:
             encoded = await self._encoder.encode(request, self._workers)
-            self._cache.put_encoded(keys, digest, encoded.image, encoded.memory)
-            return encoded
+            stored = self._cache.put_encoded(keys, digest, encoded.image, encoded.memory)
+            return (encoded, pruner_service_pb2.CACHE_STATUS_MISS), stored
 
         with stage("encode"):
-            # aligned and layers are part of the key: a flight without them must not serve who needs them
-            encoded = await self._flights.run((keys.encoded(digest), tuple(sorted(layers)), aligned), work)
+            encoded, status = await self._flights.run(
+                flight,
+                lambda: self._cache.replicas.once(flight, find=find, make=make, wait_s=wait_s),
+            )
         clock.extend(encoded.timings)
-        return encoded, pruner_service_pb2.CACHE_STATUS_MISS
+        return encoded, status
 
     async def _text_vector(self, question: str, policy: Policy) -> torch.Tensor | None:
         """The question's vector (A,), or None when the method reads no text or there is none."""
@@ -287,6 +301,12 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 field=field,
                 reason="LIMIT_EXCEEDED",
             )
+
+
+def _serves(image: encoder_service_pb2.EncodeImageResponse, layers: set[int], aligned: bool) -> bool:
+    """Whether a cached image holds the scores of these layers, and `aligned` if that is wanted."""
+    held = {entry.layer for entry in image.views[0].attention}
+    return layers <= held and (image.views[0].HasField("aligned") or not aligned)
 
 
 def _answer(

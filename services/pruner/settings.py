@@ -44,6 +44,13 @@ class Settings(ServiceSettings):
     cache_bytes: int = Field(
         512 * 2**20, ge=0, le=2**40, description="size of the in-process cache, in bytes"
     )
+    cache_tenant_bytes: int = Field(
+        256 * 2**20,
+        ge=1,
+        le=2**40,
+        description="most that one tenant's entries take up in either cache, in bytes; its least recently "
+        "used go first",
+    )
     cache_ttl_s: int = Field(
         3600, ge=1, le=30 * 86_400, description="time after which a cached image is forgotten, in seconds"
     )
@@ -57,14 +64,17 @@ class Settings(ServiceSettings):
         50,
         ge=1,
         le=10_000,
-        description="time for one cache operation before it counts as a miss, in milliseconds",
+        description="time for one cache operation before it counts as a miss, in milliseconds; an entry is "
+        "read in operations of 2 MiB",
     )
     cache_secret: SecretStr = Field(
         SecretStr(""),
         description="secret shared by all pruners of one Redis, at least 16 characters; required with redis",
     )
     redis_url: SecretStr = Field(
-        SecretStr("redis://127.0.0.1:6379/0"), description="URL of the Redis; may hold a password"
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="URL of the Redis; may hold a password: redis://, rediss:// (TLS), unix://, "
+        "redis+sentinel://HOST:PORT,HOST:PORT/SERVICE or redis+cluster://HOST:PORT,HOST:PORT",
     )
 
     shared_memory_dir: Annotated[str, Field(pattern=r"^(/.+)?$")] = Field(

@@ -1,25 +1,32 @@
-"""Where cache values live: this process, or Redis. A store never fails a request: trouble is a miss.
+"""Where cache values live: what every store does, and the two that need no other process.
 
-Knows keys and bytes; knows no tenant and no image.
+A store never fails a request: trouble is a miss. Values have owners, none of whom holds more than a share.
+Knows keys and bytes; knows no tenant and no image. Redis is in `services.pruner.redis_store`.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import time
-from collections.abc import Awaitable
-from typing import Final, Protocol, TypeVar
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
-from cachetools import TTLCache
-from redis import asyncio as redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
 
-log = logging.getLogger("hiprune.pruner.stores")
+class Claims(Protocol):
+    """Claims on keys that processes make to each other. None: cannot be said, so act as if alone."""
 
-Answer = TypeVar("Answer")
+    async def claim(self, key: bytes, token: bytes, seconds: float) -> bool | None:
+        """Claims a key that nobody claims, for so long; whether it is the caller's now."""
+
+    async def renew(self, key: bytes, token: bytes, seconds: float) -> bool | None:
+        """Keeps a claim for so long from now; False where it was lost."""
+
+    async def release(self, key: bytes, token: bytes) -> None:
+        """Gives a claim up, unless it was lost."""
+
+    async def is_claimed(self, key: bytes) -> bool | None:
+        """Whether anybody claims the key."""
 
 
 class Store(Protocol):
@@ -29,11 +36,15 @@ class Store(Protocol):
     def name(self) -> str:
         """What `cache` names it."""
 
-    async def get(self, key: bytes) -> bytes | None:
+    @property
+    def claims(self) -> Claims | None:
+        """Where several processes share the store, their claims on it."""
+
+    async def get(self, key: bytes) -> bytes | bytearray | None:
         """The value, or None."""
 
-    async def put(self, key: bytes, value: bytes) -> None:
-        """Stores a value, or does nothing."""
+    async def put(self, key: bytes, value: bytes, *, owner: bytes) -> bool:
+        """Stores a value, at the cost of the owner's least recently used ones; whether it did."""
 
     async def delete(self, key: bytes) -> None:
         """Forgets a value, if there is one."""
@@ -46,126 +57,110 @@ class NoStore:
     """No cache: every lookup is a miss."""
 
     name = "off"
+    claims = None
 
     async def get(self, key: bytes) -> bytes | None:
         """None."""
         return None
 
-    async def put(self, key: bytes, value: bytes) -> None:
+    async def put(self, key: bytes, value: bytes, *, owner: bytes) -> bool:
         """Nothing."""
+        return False
 
     async def delete(self, key: bytes) -> None:
         """Nothing."""
 
     async def close(self) -> None:
         """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    value: bytes
+    owner: bytes
+    expires: float
 
 
 class MemoryStore:
-    """An in-process store bounded in bytes; the least recently used value goes first."""
+    """An in-process store bounded in bytes, in all and by owner: the least recently used goes first."""
 
     name = "memory"
+    claims = None
 
-    def __init__(self, max_bytes: int, ttl_s: float) -> None:
-        self._values: TTLCache[bytes, bytes] = TTLCache(max_bytes, ttl_s, getsizeof=len)
+    def __init__(
+        self,
+        max_bytes: int,
+        ttl_s: float,
+        *,
+        share_bytes: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_bytes = max_bytes
+        self._share_bytes = max_bytes if share_bytes is None else min(share_bytes, max_bytes)
+        self._ttl_s = ttl_s
+        self._clock = clock
+        # one time to live for all, so that in the order in which they were put, they also expire
+        self._entries: dict[bytes, _Entry] = {}
+        self._used: OrderedDict[bytes, None] = OrderedDict()  # the least recently used first
+        self._owned: dict[bytes, OrderedDict[bytes, None]] = {}  # the same, by owner
+        self._held: dict[bytes, int] = {}  # bytes by owner
+        self._total = 0
 
     async def get(self, key: bytes) -> bytes | None:
         """The value, or None."""
-        return self._values.get(key)
+        entry = self._entries.get(key)
+        if entry is None or entry.expires <= self._clock():
+            return None
+        self._used.move_to_end(key)
+        self._owned[entry.owner].move_to_end(key)
+        return entry.value
 
-    async def put(self, key: bytes, value: bytes) -> None:
-        """Stores a value; one larger than the whole store is left out."""
-        if len(value) <= self._values.maxsize:
-            self._values[key] = value
+    async def put(self, key: bytes, value: bytes, *, owner: bytes) -> bool:
+        """Stores a value, unless it is larger than a whole share."""
+        if len(value) > self._share_bytes:
+            return False
+        self._drop(key)
+        self._drop_expired()
+        while self.held(owner) + len(value) > self._share_bytes:
+            self._drop(next(iter(self._owned[owner])))
+        while self._total + len(value) > self._max_bytes:
+            self._drop(next(iter(self._used)))
+        self._entries[key] = _Entry(value, owner, self._clock() + self._ttl_s)
+        self._used[key] = None
+        self._owned.setdefault(owner, OrderedDict())[key] = None
+        self._held[owner] = self.held(owner) + len(value)
+        self._total += len(value)
+        return True
 
     async def delete(self, key: bytes) -> None:
         """Forgets a value, if there is one."""
-        self._values.pop(key, None)
+        self._drop(key)
 
     async def close(self) -> None:
         """Forgets everything."""
-        self._values.clear()
+        for each in (self._entries, self._used, self._owned, self._held):
+            each.clear()
+        self._total = 0
 
+    def held(self, owner: bytes) -> int:
+        """Bytes of an owner's values."""
+        return self._held.get(owner, 0)
 
-class RedisStore:
-    """A shared store. Each operation has a short budget; after repeated failures Redis is left alone."""
+    def _drop_expired(self) -> None:
+        now = self._clock()
+        while self._entries:
+            key, entry = next(iter(self._entries.items()))
+            if entry.expires > now:
+                return
+            self._drop(key)
 
-    name = "redis"
-
-    FAILURES_TO_OPEN: Final = 3
-    OPEN_S: Final = 2.0
-    WARN_EVERY_S: Final = 60.0
-    MAX_CONNECTIONS: Final = 16
-
-    def __init__(self, url: str, *, ttl_s: int, timeout_s: float) -> None:
-        """Connects when first used. Raises ValueError or TypeError for a URL that is none."""
-        # blocking: a rush of requests waits for a connection, inside its budget, and is no failure of Redis
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=self.MAX_CONNECTIONS,
-            timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            socket_timeout=timeout_s,
-            retry=Retry(NoBackoff(), 0),  # a retry would spend the budget twice; the breaker tries again
-        )
-        # connects nowhere; a wrong option in the URL shows here and not in a request
-        pool.make_connection()  # type: ignore[no-untyped-call]
-        self._redis = redis.Redis.from_pool(pool)
-        self._ttl_s = ttl_s
-        self._timeout_s = timeout_s
-        self._failures = 0
-        self._open_until = 0.0
-        self._warn_from = 0.0
-
-    async def get(self, key: bytes) -> bytes | None:
-        """The value, or None: also when Redis is slow or down."""
-        value = await self._guarded(self._redis.get(key), counts=True)
-        return value if isinstance(value, bytes) else None
-
-    async def put(self, key: bytes, value: bytes) -> None:
-        """Stores a value, or does nothing: also when Redis is slow, down or full.
-
-        Failing is not held against Redis: the value may be too large for the budget, or the memory full,
-        and reads go well. The read before every write says how Redis is.
-        """
-        await self._guarded(self._redis.set(key, value, ex=self._ttl_s), counts=False)
-
-    async def delete(self, key: bytes) -> None:
-        """Forgets a value, if Redis can be reached; its time to live does the rest."""
-        await self._guarded(self._redis.delete(key), counts=True)
-
-    async def close(self) -> None:
-        """Closes the connections."""
-        await self._redis.aclose()
-
-    async def _guarded(self, operation: Awaitable[Answer], *, counts: bool) -> Answer | None:
-        """The operation's answer within the budget, else None. An open breaker answers None at once."""
-        now = time.monotonic()
-        if now < self._open_until:
-            if asyncio.iscoroutine(operation):
-                operation.close()
-            return None
-        if self._failures >= self.FAILURES_TO_OPEN:
-            self._open_until = now + self.OPEN_S  # this one is the probe; the others wait for its answer
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                answer = await operation
-        except (RedisError, OSError, TimeoutError) as error:
-            if counts:
-                self._failed(error)
-            elif isinstance(error, ResponseError) and now >= self._warn_from:
-                self._warn_from = now + self.WARN_EVERY_S
-                log.warning("Redis refuses to store (%s): what is not there yet stays a miss", error)
-            return None
-        if self._failures >= self.FAILURES_TO_OPEN:
-            log.warning("Redis answers again")
-        self._failures, self._open_until = 0, 0.0
-        return answer
-
-    def _failed(self, error: Exception) -> None:
-        """Counts a failure; the third in a row opens the breaker."""
-        self._failures += 1
-        if self._failures >= self.FAILURES_TO_OPEN:
-            self._open_until = time.monotonic() + self.OPEN_S
-        if self._failures == self.FAILURES_TO_OPEN:
-            log.warning("Redis fails (%s): every lookup is a miss until it answers", type(error).__name__)
+    def _drop(self, key: bytes) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is None:
+            return
+        del self._used[key]
+        del self._owned[entry.owner][key]
+        self._held[entry.owner] -= len(entry.value)
+        self._total -= len(entry.value)
+        if not self._owned[entry.owner]:
+            del self._owned[entry.owner], self._held[entry.owner]

@@ -40,7 +40,7 @@ def test_a_record_comes_back_as_it_was():
 
 def test_a_record_begins_with_its_version():
     assert RECORD.startswith(MAGIC)
-    assert is_damaged(b"HPR2" + RECORD[4:])
+    assert is_damaged(b"HPR1" + RECORD[4:])
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x80, 0xFF])
@@ -65,11 +65,11 @@ def test_another_key_is_damage():
 
 
 def test_a_key_and_a_body_cannot_be_cut_differently():
-    body = RECORD[20:]
+    body = RECORD[32:]
     for cut in (1, 5, 20):
-        moved = RECORD[:20] + body[cut:]
+        moved = RECORD[:32] + body[cut:]
         assert is_damaged(moved, key=KEY + body[:cut])
-        assert is_damaged(RECORD[:20] + KEY[-cut:] + body, key=KEY[:-cut])
+        assert is_damaged(RECORD[:32] + KEY[-cut:] + body, key=KEY[:-cut])
 
 
 def test_another_tenants_secret_is_damage():

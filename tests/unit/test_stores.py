@@ -14,9 +14,11 @@ from redis import asyncio as redis
 
 from hiprune.config import ConfigError
 from services.pruner.process import open_store
+from services.pruner.redis_store import RedisStore
 from services.pruner.settings import Settings
-from services.pruner.stores import MemoryStore, NoStore, RedisStore
+from services.pruner.stores import MemoryStore, NoStore
 
+OWNER = b"hiprune:v1:{owner}"
 BUDGET_S = 0.2
 SLACK_S = 0.3
 """What a busy machine may add to a budget."""
@@ -57,16 +59,16 @@ async def open_breaker(store: RedisStore) -> None:
 async def test_memory_keeps_its_bytes_and_drops_the_least_recently_used():
     store = MemoryStore(max_bytes=100, ttl_s=60)
     for name in (b"a", b"b", b"c"):
-        await store.put(name, name * 30)
+        await store.put(name, name * 30, owner=OWNER)
     assert await store.get(b"a") == b"a" * 30  # now b is the oldest
-    await store.put(b"d", b"d" * 30)
+    await store.put(b"d", b"d" * 30, owner=OWNER)
     assert [await store.get(name) is not None for name in (b"a", b"b", b"c", b"d")] == [
         True,
         False,
         True,
         True,
     ]
-    await store.put(b"e", b"e" * 95)
+    await store.put(b"e", b"e" * 95, owner=OWNER)
     assert [await store.get(name) is not None for name in (b"a", b"c", b"d", b"e")] == [
         False,
         False,
@@ -77,8 +79,8 @@ async def test_memory_keeps_its_bytes_and_drops_the_least_recently_used():
 
 async def test_memory_leaves_out_what_is_larger_than_all_of_it_and_keeps_the_rest():
     store = MemoryStore(max_bytes=100, ttl_s=60)
-    await store.put(b"a", b"a" * 100)
-    await store.put(b"b", b"b" * 101)
+    await store.put(b"a", b"a" * 100, owner=OWNER)
+    await store.put(b"b", b"b" * 101, owner=OWNER)
     assert await store.get(b"a") == b"a" * 100
     assert await store.get(b"b") is None
 
@@ -86,27 +88,65 @@ async def test_memory_leaves_out_what_is_larger_than_all_of_it_and_keeps_the_res
 async def test_memory_counts_a_replaced_value_once():
     store = MemoryStore(max_bytes=100, ttl_s=60)
     for _ in range(5):
-        await store.put(b"a", b"a" * 40)
-    await store.put(b"b", b"b" * 60)
+        await store.put(b"a", b"a" * 40, owner=OWNER)
+    await store.put(b"b", b"b" * 60, owner=OWNER)
     assert await store.get(b"a") == b"a" * 40
     assert await store.get(b"b") == b"b" * 60
 
 
 async def test_memory_forgets_in_time_and_when_told():
-    store = MemoryStore(max_bytes=100, ttl_s=0.05)
-    await store.put(b"a", b"1")
+    now = 100.0
+    store = MemoryStore(max_bytes=100, ttl_s=10, clock=lambda: now)
+    await store.put(b"a", b"1", owner=OWNER)
+    now = 109.0
     assert await store.get(b"a") == b"1"
-    await asyncio.sleep(0.06)
+    now = 110.0
     assert await store.get(b"a") is None
-    await store.put(b"a", b"2")
+    await store.put(b"a", b"2", owner=OWNER)
     await store.delete(b"a")
     await store.delete(b"never there")
     assert await store.get(b"a") is None
 
 
+async def test_memory_drops_what_has_expired_before_what_is_alive():
+    now = 0.0
+    store = MemoryStore(max_bytes=100, ttl_s=10, clock=lambda: now)
+    await store.put(b"old", bytes(50), owner=OWNER)
+    now = 5.0
+    await store.put(b"young", bytes(50), owner=OWNER)
+    await store.get(b"old")  # used last, and yet gone first
+    now = 11.0
+    await store.put(b"new", bytes(50), owner=OWNER)
+    assert await store.get(b"young") == bytes(50)
+    assert store.held(OWNER) == 100
+
+
+async def test_memory_bounds_each_owner_at_its_own_cost():
+    store = MemoryStore(max_bytes=100, ttl_s=60, share_bytes=50)
+    await store.put(b"hers", bytes(30), owner=b"alice")
+    for number in range(10):
+        assert await store.put(b"his %d" % number, bytes(20), owner=b"bob")
+        await store.get(b"his 0")
+    assert store.held(b"bob") == 40
+    kept = [number for number in range(10) if await store.get(b"his %d" % number) is not None]
+    assert kept == [0, 9]  # the one that is used, and the last
+    assert await store.get(b"hers") == bytes(30)
+    assert not await store.put(b"larger than a share", bytes(51), owner=b"bob")
+    assert store.held(b"bob") == 40
+
+
+async def test_memory_of_many_owners_stays_within_all_of_it():
+    store = MemoryStore(max_bytes=100, ttl_s=60, share_bytes=50)
+    for owner in (b"a", b"b", b"c", b"d"):
+        await store.put(owner, bytes(40), owner=owner)
+    assert [store.held(owner) for owner in (b"a", b"b", b"c", b"d")] == [0, 0, 40, 40]
+    await store.put(b"c", bytes(10), owner=b"d")  # a key that changes hands is counted once
+    assert [store.held(owner) for owner in (b"c", b"d")] == [0, 50]
+
+
 async def test_a_memory_of_no_bytes_and_no_store_keep_nothing():
     for store in (MemoryStore(max_bytes=0, ttl_s=60), NoStore()):
-        await store.put(b"a", b"1")
+        await store.put(b"a", b"1", owner=OWNER)
         assert await store.get(b"a") is None
         await store.delete(b"a")
         await store.close()
@@ -118,7 +158,7 @@ async def test_a_memory_of_no_bytes_and_no_store_keep_nothing():
 async def test_redis_keeps_any_bytes_for_its_time_and_forgets_when_told(connect, redis_server):
     store = connect(redis_server, ttl_s=30)
     value = bytes(range(256)) * 5000  # 1.3 MB, a LLaVA-1.5 image
-    await store.put(b"well:\x00\xff", value)
+    await store.put(b"well:\x00\xff", value, owner=OWNER)
     assert await store.get(b"well:\x00\xff") == value
     async with redis.Redis.from_url(redis_server) as plain:
         assert 0 < await plain.ttl(b"well:\x00\xff") <= 30
@@ -128,7 +168,7 @@ async def test_redis_keeps_any_bytes_for_its_time_and_forgets_when_told(connect,
 
 async def test_a_rush_of_requests_is_answered_over_a_few_connections(connect, redis_server):
     store = connect(redis_server, timeout_s=5)
-    await store.put(b"rush", b"1")
+    await store.put(b"rush", b"1", owner=OWNER)
     found = await asyncio.gather(*(store.get(b"rush") for _ in range(300)))
     assert found == [b"1"] * 300
     async with redis.Redis.from_url(redis_server) as plain:
@@ -143,16 +183,16 @@ async def test_a_paused_redis_is_a_miss_within_the_budget_then_at_once_then_come
 ):
     url, process = start_redis()
     store = connect(url)
-    await store.put(b"k", b"v")
+    await store.put(b"k", b"v", owner=OWNER)
     assert await store.get(b"k") == b"v"
     process.send_signal(signal.SIGSTOP)
     for _ in range(RedisStore.FAILURES_TO_OPEN):
         value, took = await timed(store.get(b"k"))
         assert value is None
         assert BUDGET_S * 0.9 < took < BUDGET_S + SLACK_S
-    for operation in (store.get(b"k"), store.put(b"k", b"w"), store.delete(b"k")):
+    for operation in (store.get(b"k"), store.put(b"k", b"w", owner=OWNER), store.delete(b"k")):
         value, took = await timed(operation)
-        assert value is None
+        assert not value
         assert took < BUDGET_S / 4  # the breaker is open: nobody waits
     process.send_signal(signal.SIGCONT)
     assert await store.get(b"k") is None  # still open
@@ -180,7 +220,7 @@ async def test_an_answer_that_comes_too_late_reaches_nobody_else(connect, start_
     url, process = start_redis()
     store = connect(url)
     for number in range(8):
-        await store.put(b"%d" % number, b"value %d" % number)
+        await store.put(b"%d" % number, b"value %d" % number, owner=OWNER)
     process.send_signal(signal.SIGSTOP)
     waiting = [asyncio.create_task(store.get(b"%d" % number)) for number in range(4)]
     await asyncio.sleep(BUDGET_S / 4)
@@ -196,53 +236,53 @@ async def test_an_answer_that_comes_too_late_reaches_nobody_else(connect, start_
 async def test_a_killed_redis_is_a_miss_at_once_and_a_new_one_is_found(connect, start_redis, quick_breaker):
     url, process = start_redis()
     store = connect(url)
-    await store.put(b"k", b"v")
+    await store.put(b"k", b"v", owner=OWNER)
     process.kill()
     process.wait()
     for _ in range(5):
         value, took = await timed(store.get(b"k"))
         assert value is None
         assert took < BUDGET_S + SLACK_S
-    await store.put(b"k", b"v")
+    await store.put(b"k", b"v", owner=OWNER)
     await store.delete(b"k")
     os.unlink(url.removeprefix("unix://"))
     os.symlink(start_redis()[0].removeprefix("unix://"), url.removeprefix("unix://"))
     await asyncio.sleep(RedisStore.OPEN_S + 0.05)
-    await store.put(b"k", b"w")
+    await store.put(b"k", b"w", owner=OWNER)
     assert await store.get(b"k") == b"w"
 
 
 async def test_a_full_redis_stores_nothing_and_still_answers(connect, start_redis, caplog):
     url, _ = start_redis("--maxmemory", "3mb", "--maxmemory-policy", "noeviction")
     store = connect(url)
-    await store.put(b"early", b"bird")
+    await store.put(b"early", b"bird", owner=OWNER)
     for number in range(10):
-        await store.put(b"k%d" % number, bytes(500_000))
+        await store.put(b"k%d" % number, bytes(500_000), owner=OWNER)
     found = [await store.get(b"k%d" % number) is not None for number in range(10)]
     assert found[0]
     assert not found[9]
-    await asyncio.gather(*(store.put(b"more", bytes(1000)) for _ in range(10)))
+    await asyncio.gather(*(store.put(b"more", bytes(1000), owner=OWNER) for _ in range(10)))
     assert await store.get(b"early") == b"bird"  # many failed writes in a row close no door to reads
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     await store.delete(b"k0")
-    await store.put(b"late", b"bird")
+    await store.put(b"late", b"bird", owner=OWNER)
     assert await store.get(b"late") == b"bird"
 
 
 async def test_a_redis_that_asks_for_a_password_is_a_miss(connect, start_redis):
     url, _ = start_redis("--requirepass", "sesame")
     store = connect(url)
-    await store.put(b"k", b"v")
+    await store.put(b"k", b"v", owner=OWNER)
     assert await store.get(b"k") is None
     right = connect(url.replace("unix://", "unix://:sesame@"))
-    await right.put(b"k", b"v")
+    await right.put(b"k", b"v", owner=OWNER)
     assert await right.get(b"k") == b"v"
 
 
 async def test_nobody_at_the_address_is_a_miss(connect, tmp_path):
     for url in (f"unix://{tmp_path}/nobody.sock", "redis://127.0.0.1:1/0"):
         store = connect(url)
-        await store.put(b"k", b"v")
+        await store.put(b"k", b"v", owner=OWNER)
         value, took = await timed(store.get(b"k"))
         assert value is None
         assert took < BUDGET_S + SLACK_S
@@ -275,6 +315,6 @@ async def test_a_store_closes_while_its_redis_is_away(start_redis):
     for how in (signal.SIGSTOP, signal.SIGKILL):
         url, process = start_redis()
         store = RedisStore(url, ttl_s=60, timeout_s=BUDGET_S)
-        await store.put(b"k", b"v")
+        await store.put(b"k", b"v", owner=OWNER)
         process.send_signal(how)
         assert (await timed(store.close()))[1] < BUDGET_S + SLACK_S
