@@ -14,6 +14,7 @@ import typer
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 
+from hiprune import cache_cli
 from hiprune.client import CACHE_WORDS, Answer, Client
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.errors import HipruneError
@@ -27,6 +28,7 @@ METHODS: Final = {
 }
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(cache_cli.app, name="cache")
 out = Console()
 err = Console(stderr=True)
 
