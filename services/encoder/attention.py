@@ -39,6 +39,7 @@ images into one sequence hands the boundaries on to functions with "flash" in th
 others."""
 
 _CPU_CHUNK_BYTES: Final = 4 * 2**20  # stays in cache: four times as fast as the whole matrix at N = 4096
+_LONG: Final = 4096  # keys; beyond, rows are cut too
 _GPU_CHUNK_BYTES: Final = 32 * 2**20  # about a data-centre GPU's L2; holds a CLIP-L/336 image whole
 
 
@@ -83,34 +84,53 @@ def packed_column_sums(
     parts = []
     for run in segments.runs(boundaries):
         queries, keys = (segments.split(tensor, *run) for tensor in (query, key))  # (count, heads, length, d)
-        parts.append(chunked_column_sums(queries, keys, scaling=scaling).flatten())
+        known = None
+        if log_sums is not None:
+            known = segments.split(log_sums.mT[..., None], *run)[..., 0]  # (count, heads, length)
+        parts.append(chunked_column_sums(queries, keys, scaling=scaling, log_sums=known).flatten())
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def chunked_column_sums(
-    query: Tensor, key: Tensor, *, scaling: float, chunk_bytes: int | None = None
+    query: Tensor,
+    key: Tensor,
+    *,
+    scaling: float,
+    log_sums: Tensor | None = None,
+    chunk_bytes: int | None = None,
 ) -> Tensor:
     """`column_sums` piece by piece, by matrix products: the way on a CPU, and wherever no kernel runs.
 
     query, key  # (B, heads, N, d), any float dtype, any strides
+    log_sums    # (B, heads, N) float32: as for `packed_column_sums`; spares long sequences half the work
     returns     # (B, N) float32; each image's N scores add up to N
 
     Logits, softmax and sums are float32 whatever the inputs are, since sums rounded to bf16 tie. Holds
-    `chunk_bytes` of probabilities at a time, one row of N at least; the default suits the device.
+    `chunk_bytes` of probabilities at a time, or one row of N; the default suits the device.
     """
     batch, heads, tokens, _ = key.shape
     if chunk_bytes is None:
         chunk_bytes = _CPU_CHUNK_BYTES if key.device.type == "cpu" else _GPU_CHUNK_BYTES
+    budget = chunk_bytes // torch.float32.itemsize
+    flat = (query.flatten(0, 1), key.flatten(0, 1))  # (B · heads, N, d) each
+    if tokens > _LONG:
+        sums = _sums_by_tiles(*flat, scaling, None if log_sums is None else log_sums.flatten(0, 1), budget)
+    else:
+        sums = _sums_by_rows(*flat, scaling, budget)
+    return sums.view(batch, heads, tokens).mean(dim=1)
+
+
+def _sums_by_rows(query: Tensor, key: Tensor, scaling: float, budget: int) -> Tensor:
+    """Column sums (G, N) of G heads, whole rows of probabilities at a time. query, key: (G, N, d)."""
+    heads, tokens, _ = key.shape
     # As many rows of one head as fit, then as many heads: the products stay tall. A few rows of every head
     # take twice as long at N = 4096.
-    budget = chunk_bytes // torch.float32.itemsize
-    rows = min(query.shape[2], max(1, budget // tokens))
-    group = min(batch * heads, max(1, budget // (rows * tokens)))
-
+    rows = min(query.shape[1], max(1, budget // tokens))
+    group = min(heads, max(1, budget // (rows * tokens)))
     buffer = torch.empty(group * rows * tokens, dtype=torch.float32, device=key.device)
-    sums = torch.zeros(batch * heads, tokens, dtype=torch.float32, device=key.device)
-    parts = (torch.split(part, group) for part in (query.flatten(0, 1), key.flatten(0, 1), sums))
+    sums = torch.zeros(heads, tokens, dtype=torch.float32, device=key.device)
+    parts = (torch.split(part, group) for part in (query, key, sums))
     for queries, keys, received in zip(*parts, strict=True):  # (≤group, N, d) twice, (≤group, N)
         transposed = keys.float().mT  # (≤group, d, N)
         for some in torch.split(queries, rows, dim=1):  # (≤group, ≤rows, d)
@@ -120,7 +140,39 @@ def chunked_column_sums(
             torch.baddbmm(attention, some.float(), transposed, beta=0, alpha=scaling, out=attention)
             torch.softmax(attention, dim=-1, out=attention)
             received.add_(attention.sum(dim=1))  # a view of `sums`
-    return sums.view(batch, heads, tokens).mean(dim=1)
+    return sums
+
+
+def _sums_by_tiles(
+    query: Tensor, key: Tensor, scaling: float, log_sums: Tensor | None, budget: int
+) -> Tensor:
+    """Column sums (G, N) of G heads, tile by tile. query, key: (G, N, d); log_sums: (G, N) or None.
+
+    A row of 65,536 probabilities is 256 KB: of whole rows so few fit into a cache that each product streams
+    all keys from memory for a handful of queries.
+    """
+    heads, tokens, _ = key.shape
+    columns = min(tokens, _LONG)
+    rows = max(1, budget // columns)
+    buffer = torch.empty(rows * columns, dtype=torch.float32, device=key.device)
+    sums = torch.zeros(heads, tokens, dtype=torch.float32, device=key.device)
+
+    def logits(some: Tensor, keys: Tensor) -> Tensor:
+        tile = buffer[: len(some) * keys.shape[1]].view(len(some), -1)  # (≤rows, ≤columns)
+        return torch.addmm(tile, some, keys, beta=0, alpha=scaling, out=tile)
+
+    for head in range(heads):
+        tiles = torch.split(key[head].float().mT, columns, dim=1)  # (d, ≤columns) each
+        received = torch.split(sums[head], columns)
+        for start in range(0, query.shape[1], rows):
+            some = query[head, start : start + rows].float()  # (≤rows, d)
+            if log_sums is not None:
+                total = log_sums[head, start : start + rows]  # (≤rows,)
+            else:
+                total = torch.stack([logits(some, keys).logsumexp(dim=1) for keys in tiles]).logsumexp(dim=0)
+            for keys, sink in zip(tiles, received, strict=True):
+                sink.add_(logits(some, keys).sub_(total[:, None]).exp_().sum(dim=0))
+    return sums
 
 
 def _has_kernel(key: Tensor) -> bool:
@@ -248,13 +300,9 @@ def _packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention within each segment, and the scores of `module` where they are asked for."""
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (n, heads, d)
-    log_sums = None
-    if segments.has_flash(query):
-        output, log_sums = segments.flash_attend(
-            queries, keys, values, cu_seq_lens_q, longest=max_length_q, scaling=scaling
-        )
-    else:
-        output = segments.attend(queries, keys, values, cu_seq_lens_q, scaling=scaling)
+    output, log_sums = segments.attend(
+        queries, keys, values, cu_seq_lens_q, longest=max_length_q, scaling=scaling
+    )
     if (place := _recorded(module, attention_mask)) is not None:
         scores, layer = place
         sums = packed_column_sums(

@@ -45,32 +45,41 @@ def split(tensor: Tensor, start: int, count: int, length: int) -> Tensor:
     returns  # (count, heads, length, d)
     """
     rows = tensor[start : start + count * length]
-    return rows.view(count, length, *rows.shape[1:]).transpose(1, 2)
+    return torch.unflatten(rows, 0, (count, length)).transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, scaling: float) -> Tensor:
-    """Attention within each segment by SDPA, one call a run of equal lengths.
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, longest: int, scaling: float
+) -> tuple[Tensor, Tensor | None]:
+    """Attention within each segment: one kernel for all of them where there is one, else one call a run.
 
     query, key, value  # (n, heads, d), any float dtype, any strides
-    boundaries         # (S + 1,) int32
-    returns            # (n, heads, d)
+    boundaries         # (S + 1,) int32, ascending from 0
+    longest            # rows of the longest segment
+    returns            # (n, heads, d); and each row's log-sum-exp of its scaled logits, (heads, n) float32,
+                       # where the kernel hands it out
     """
-    outputs = []
+    if query.is_cuda and query.dtype in _FLASH_DTYPES and _device_has_flash(query.device.index or 0):
+        return _attend_by_flash(query, key, value, boundaries, longest, scaling)
+    outputs, log_sums = [], []
     for run in runs(boundaries):
         queries, keys, values = (split(tensor, *run) for tensor in (query, key, value))
-        output = functional.scaled_dot_product_attention(queries, keys, values, scale=scaling)
+        if query.is_cuda:
+            output = functional.scaled_dot_product_attention(queries, keys, values, scale=scaling)
+        else:
+            # what SDPA calls on a CPU, by its name, as only so it hands out its row sums
+            output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                queries, keys, values, scale=scaling
+            )  # (count, heads, length, d), (count, heads, length)
+            log_sums.append(sums.transpose(0, 1).flatten(1))
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (count · length, heads, d)
-    return torch.cat(outputs)
+    return torch.cat(outputs), torch.cat(log_sums, dim=1) if log_sums else None
 
 
-def flash_attend(  # pragma: no cover - needs a GPU
-    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, *, longest: int, scaling: float
+def _attend_by_flash(  # pragma: no cover - needs a GPU
+    query: Tensor, key: Tensor, value: Tensor, boundaries: Tensor, longest: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """`attend` by one flash kernel for all segments, where `has_flash`; no synchronisation with the host.
-
-    longest  # rows of the longest segment
-    returns  # (n, heads, d), and each row's log-sum-exp of its scaled logits: (heads, n) float32
-    """
+    """`attend` by one flash kernel for all segments; no synchronisation with the host."""
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     # 1/√d is what it takes by itself
@@ -87,11 +96,6 @@ def flash_attend(  # pragma: no cover - needs a GPU
         **options,
     )
     return output, log_sums
-
-
-def has_flash(query: Tensor) -> bool:
-    """Whether `flash_attend` takes tensors like this one."""
-    return query.is_cuda and query.dtype in _FLASH_DTYPES and _device_has_flash(query.device.index or 0)
 
 
 @cache

@@ -105,6 +105,32 @@ def test_scores_do_not_depend_on_the_chunk_size(chunk_bytes: int) -> None:
     torch.testing.assert_close(sums, eager_column_sums(query, key, scaling=0.125), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("chunk_bytes", [4 * 4096, 4 * 4096 * 300, 2**30])
+def test_long_sequences_are_scored_tile_by_tile(known: bool, chunk_bytes: int) -> None:
+    query, key = random_heads(1, 2, 4099, 8)  # keys beyond one tile; a row, some rows, all rows at a time
+    query, key = query[:, :, :610], key * 3
+    expected = eager_column_sums(query, key, scaling=0.5)
+    log_sums = (query @ key.mT * 0.5).logsumexp(dim=-1) if known else None
+    sums = chunked_column_sums(query, key, scaling=0.5, log_sums=log_sums, chunk_bytes=chunk_bytes)
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_segments_attend_as_sdpa_does_and_hand_out_their_row_sums(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    boundaries = packed_rows(PACKED_LENGTHS)[3]
+    query, key, value = torch.randn(3, sum(PACKED_LENGTHS), 2, 16).to(dtype).unbind()
+    output, log_sums = segments.attend(query, key, value, boundaries, longest=12, scaling=0.3)
+    assert log_sums is not None
+    for start, stop in itertools.pairwise(boundaries.tolist()):
+        one = [tensor[None, start:stop].transpose(1, 2) for tensor in (query, key, value)]
+        expected = torch.nn.functional.scaled_dot_product_attention(*one, scale=0.3)  # (1, heads, length, d)
+        torch.testing.assert_close(output[None, start:stop].transpose(1, 2), expected)
+        logits = one[0].float() @ one[1].float().mT * 0.3
+        torch.testing.assert_close(log_sums[:, start:stop], logits[0].logsumexp(dim=-1), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_are_scored_in_float32(dtype: torch.dtype) -> None:
     query, key = (each.to(dtype) for each in random_heads(2, 4, 300, 72))
