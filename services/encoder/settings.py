@@ -15,6 +15,7 @@ class Settings(ServiceSettings):
 
     env_prefix: ClassVar[str] = "HIPRUNE_ENCODER_"
     service: ClassVar[str] = "encoder"
+    peers_wanted: ClassVar[bool] = True
 
     listen: Annotated[str, Field(pattern=r"^(unix:.+|.+:\d+)$")] = Field(
         "127.0.0.1:50051", description="address to serve on: HOST:PORT or unix:PATH"

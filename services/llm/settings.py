@@ -14,6 +14,7 @@ class Settings(ServiceSettings):
 
     env_prefix: ClassVar[str] = "HIPRUNE_LLM_"
     service: ClassVar[str] = "llm"
+    next_hop: ClassVar[str] = "pruner"
 
     listen: Annotated[str, Field(pattern=r"^(unix:.+|.+:\d+)$")] = Field(
         "127.0.0.1:50053", description="address to serve on: HOST:PORT or unix:PATH"

@@ -14,6 +14,8 @@ class Settings(ServiceSettings):
 
     env_prefix: ClassVar[str] = "HIPRUNE_PRUNER_"
     service: ClassVar[str] = "pruner"
+    peers_wanted: ClassVar[bool] = True
+    next_hop: ClassVar[str] = "encoder"
 
     listen: Annotated[str, Field(pattern=r"^(unix:.+|.+:\d+)$")] = Field(
         "127.0.0.1:50052", description="address to serve on: HOST:PORT or unix:PATH"
