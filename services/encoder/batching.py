@@ -1,6 +1,7 @@
 """Micro-batches: requests that arrive together share one run of the model.
 
-One worker thread runs batches, one after the other, in order of arrival; while one runs, the next gathers.
+One worker thread runs batches, one after the other; while one runs, the next gathers. Owners take turns, and
+each one's items go in order of arrival, so that nobody's flood holds up another (`hiprune.fairness`).
 Knows neither images nor models: an item is anything with a cost, and a batch is a list of items.
 
 Belongs to one event loop, that of its first `submit`; nothing here is locked, as only that loop touches it.
@@ -12,13 +13,13 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, Generic, TypeVar
 
 from hiprune.errors import Exhausted, Unavailable
+from hiprune.fairness import FairQueue
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,7 +55,8 @@ class MicroBatcher(Generic[Item, Result]):
     `cost` is in whatever unit bounds the model's memory and time (images, tokens), and so are the bounds:
     a batch costs at most `max_batch_cost`, or is one item that is dearer; items that wait cost at most
     `max_queue_cost`, or are one item that found nobody waiting. Items that find the worker idle wait up to
-    `max_wait_ms` for company, less once a batch is full; 0 takes only what the event loop has ready.
+    `max_wait_ms` for company, less once a batch is full; 0 takes only what the event loop has ready. When the
+    queue is full, the newest items of the owner with most in it make room for one with less.
     """
 
     def __init__(
@@ -71,8 +73,7 @@ class MicroBatcher(Generic[Item, Result]):
         self._max_batch_cost = max_batch_cost
         self._max_queue_cost = max_queue_cost
         self._max_wait_s = max_wait_ms / 1000
-        self._waiting: deque[_Job[Item, Result]] = deque()
-        self._depth = 0
+        self._waiting: FairQueue[_Job[Item, Result]] = FairQueue()
         self._enough = asyncio.Event()  # no more company is needed
         self._pump: asyncio.Task[None] | None = None  # runs while there is work
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="batch")
@@ -82,38 +83,45 @@ class MicroBatcher(Generic[Item, Result]):
     @property
     def depth(self) -> int:
         """The cost of what waits; a running batch waits no more."""
-        return self._depth
+        return self._waiting.cost
 
-    async def submit(self, item: Item) -> Outcome[Result]:
-        """The outcome of `item`, once its batch has run.
+    async def submit(self, item: Item, owner: str = "") -> Outcome[Result]:
+        """The outcome of an owner's `item`, once its batch has run.
 
-        Raises `Exhausted` (OVERLOADED) when the queue is full, `Unavailable` after `close`, and whatever
-        `run` raised for the batch. Cancelled before its batch starts, an item never reaches `run`; later,
-        its result is dropped.
+        Raises `Exhausted` (OVERLOADED) when the queue is full, or when the item has to make room in it;
+        `Unavailable` after `close`; and whatever `run` raised for the batch. Cancelled before its batch
+        starts, an item never reaches `run`; later, its result is dropped.
         """
         if self._closed:
             raise Unavailable("shutting down")
         cost = self._cost(item)
-        if self._waiting and self._depth + cost > self._max_queue_cost:
-            raise Exhausted(
-                f"the queue is full: {self._depth} waiting, {cost} more; at most {self._max_queue_cost}",
-                retry_after_s=self._batch_s * math.ceil(self._depth / self._max_batch_cost),
-            )
+        if self._waiting:
+            self._make_room(owner, cost)
         job: _Job[Item, Result] = _Job(item, cost, asyncio.get_running_loop().create_future())
-        self._waiting.append(job)
-        self._depth += cost
+        self._waiting.push(owner, job, cost)
         if self._pump is None:
             self._enough.clear()
             self._pump = asyncio.create_task(self._run_until_empty())
-        if self._depth >= self._max_batch_cost:
+        if self.depth >= self._max_batch_cost:
             self._enough.set()
         try:
             return await job.future
         except asyncio.CancelledError:
-            with contextlib.suppress(ValueError):  # its batch has started
-                self._waiting.remove(job)
-                self._depth -= job.cost
+            self._waiting.remove(owner, job)  # if its batch has not started
             raise
+
+    def _make_room(self, owner: str, cost: int) -> None:
+        """Sees to it that one more fits, if others' newest items have to go for it. Raises Exhausted."""
+        full = Exhausted(
+            f"the queue is full: {self.depth} waiting, {cost} more; at most {self._max_queue_cost}",
+            retry_after_s=self._batch_s * math.ceil(self.depth / self._max_batch_cost),
+        )
+        pushed_out = self._waiting.make_room(owner, cost, self._max_queue_cost)
+        if pushed_out is None:
+            raise full
+        for job in pushed_out:
+            if not job.future.done():
+                job.future.set_exception(full)
 
     async def close(self) -> None:
         """Refuse what comes, finish what is here. Cancelled, it may be called again."""
@@ -134,13 +142,12 @@ class MicroBatcher(Generic[Item, Result]):
             self._pump = None
 
     def _take(self) -> list[_Job[Item, Result]]:
-        """The next batch, in order of arrival: nothing overtakes an item that does not fit."""
-        batch = [self._waiting.popleft()]
+        """The next batch: nothing overtakes an item that does not fit, or it might never be its turn."""
+        batch = [self._waiting.pop()]
         room = self._max_batch_cost - batch[0].cost
-        while self._waiting and self._waiting[0].cost <= room:
-            batch.append(self._waiting.popleft())
+        while self._waiting and self._waiting.next_cost() <= room:
+            batch.append(self._waiting.pop())
             room -= batch[-1].cost
-        self._depth -= sum(job.cost for job in batch)
         return batch
 
     async def _run_batch(self, batch: list[_Job[Item, Result]]) -> None:

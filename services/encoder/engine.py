@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
+from hiprune import auth
 from hiprune.errors import Exhausted, InvalidInput
+from hiprune.fairness import Turns
 from hiprune.telemetry import StageClock, stage
 from hiprune.v1 import encoder_service_pb2, media_pb2
 from services.encoder.batching import MicroBatcher
@@ -54,9 +56,9 @@ class VisionEngine:
             max_side=settings.max_image_side,
         )
         self._max_video_pixels = settings.max_video_pixels
-        self._decoding = 0
-        self._max_decoding = settings.max_decoding
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
+        self._decoding = Turns(settings.decode_threads, settings.max_decoding, self._too_many)
+        self._max_decoding = settings.max_decoding
         self._batcher: MicroBatcher[_Job, list[EncodedView]] = MicroBatcher(
             self._run,
             cost=lambda job: job.prepared.patches,
@@ -69,22 +71,21 @@ class VisionEngine:
         self, media: media_pb2.Media, layers: Collection[int], *, aligned: bool, clock: StageClock
     ) -> Encoded:
         """The views of one image or video. Raises InvalidInput (`media.…`), Exhausted."""
-        if self._decoding >= self._max_decoding:
-            raise Exhausted(
-                f"{self._decoding} images wait to be decoded, at most {self._max_decoding} may",
-                retry_after_s=1,
-            )
-        self._decoding += 1
-        try:
-            with stage("preprocess"):
+        owner = auth.current().tenant.name
+        with stage("preprocess"):
+            async with self._decoding.take(owner):
                 loop = asyncio.get_running_loop()
                 prepared = await loop.run_in_executor(self._decoders, self._prepare, media)
-        finally:
-            self._decoding -= 1
-        outcome = await self._batcher.submit(_Job(prepared, frozenset(layers), aligned))
+        outcome = await self._batcher.submit(_Job(prepared, frozenset(layers), aligned), owner)
         clock.add("queue", outcome.queued_s)
         clock.add("vision", outcome.ran_s)
         return Encoded(outcome.result, prepared.layout)
+
+    def _too_many(self) -> Exhausted:
+        return Exhausted(
+            f"{self._decoding.waiting} images wait to be decoded, at most {self._max_decoding} may",
+            retry_after_s=1,
+        )
 
     async def close(self) -> None:
         """Finishes what is queued."""

@@ -1,13 +1,14 @@
-"""Who may generate now: a bounded number at a time, a bounded number waiting, first come first served."""
+"""Who may generate now: a bounded number at a time, a bounded number waiting, tenants in turn."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
+from hiprune import auth
 from hiprune.errors import Exhausted
+from hiprune.fairness import Turns
 from hiprune.telemetry import stage
 
 RETRY_AFTER_S: Final = 1.0
@@ -17,30 +18,29 @@ class Slots:
     """`async with slots.take(): …` around all the work of one answer."""
 
     def __init__(self, concurrency: int, queue: int) -> None:
-        self._free = asyncio.Semaphore(concurrency)
+        self._turns = Turns(concurrency, queue, self._full)
         self._queue = queue
-        self._waiting = 0
+
+    @property
+    def running(self) -> int:
+        """Requests that hold a slot."""
+        return self._turns.running
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a slot."""
-        return self._waiting
+        return self._turns.waiting
 
     @asynccontextmanager
     async def take(self) -> AsyncIterator[None]:
         """Holds one slot. Raises Exhausted (OVERLOADED) when too many wait already."""
-        if self._free.locked() and self._waiting >= self._queue:
-            raise Exhausted(
-                f"{self._waiting} requests wait for the language model, at most {self._queue} may",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        self._waiting += 1
-        try:
+        async with AsyncExitStack() as held:
             with stage("queue"):
-                await self._free.acquire()
-        finally:
-            self._waiting -= 1
-        try:
+                await held.enter_async_context(self._turns.take(auth.current().tenant.name))
             yield
-        finally:
-            self._free.release()
+
+    def _full(self) -> Exhausted:
+        return Exhausted(
+            f"{self._turns.waiting} requests wait for the language model, at most {self._queue} may",
+            retry_after_s=RETRY_AFTER_S,
+        )

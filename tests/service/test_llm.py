@@ -702,7 +702,7 @@ async def test_leaving_in_the_middle_of_an_answer_frees_the_slot(path):
         assert events[-1].WhichOneof("event") == "delta"
         assert isinstance(await refusal(house.ask(user(words()))), Exhausted)
         call.cancel()
-        await until(lambda: not model.slots._free.locked())
+        await until(lambda: model.slots.running == 0)
         assert await house.ask(user(words()), sampling=pb.Sampling(max_tokens=2))
 
 

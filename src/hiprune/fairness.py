@@ -1,0 +1,170 @@
+"""Queues in which one caller's flood does not hold up another: turns go round, in proportion to cost.
+
+`FairQueue` is pure: items, whose they are and what they cost. `Turns` is a semaphore over one.
+
+The order is start-time fair queueing (Goyal, Vin and Cheng, 1996): next is the owner whose items so far come
+to the lowest cost, counted from when it began to wait. With equal costs that is round robin; an owner's own
+items stay in their order. A full queue gives up the newest items of whoever has most in it, before it
+refuses an owner with less.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Generic, TypeVar
+
+from hiprune.errors import Exhausted
+
+Item = TypeVar("Item")
+
+
+class FairQueue(Generic[Item]):
+    """Items that wait, by owner. Every method takes a time in proportion to the owners, few as they are."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, deque[tuple[Item, int]]] = {}
+        self._costs: dict[str, int] = {}
+        self._starts: dict[str, int] = {}  # of each owner's next item, in cost served
+        self._now = 0
+        self._count = 0
+
+    def __len__(self) -> int:
+        """Items that wait."""
+        return self._count
+
+    @property
+    def cost(self) -> int:
+        """Of all that wait."""
+        return sum(self._costs.values())
+
+    def push(self, owner: str, item: Item, cost: int) -> None:
+        """Puts an item behind its owner's others."""
+        if owner not in self._lines:
+            self._lines[owner], self._costs[owner], self._starts[owner] = deque(), 0, self._now
+        self._lines[owner].append((item, cost))
+        self._costs[owner] += cost
+        self._count += 1
+
+    def next_cost(self) -> int:
+        """What the item that `pop` would give costs. Raises IndexError when nothing waits."""
+        return self._lines[self._next()][0][1]
+
+    def pop(self) -> Item:
+        """The item whose turn it is. Raises IndexError when nothing waits."""
+        owner = self._next()
+        item, cost = self._lines[owner].popleft()
+        self._now = self._starts[owner]
+        self._starts[owner] += cost
+        self._took(owner, cost)
+        return item
+
+    def remove(self, owner: str, item: Item) -> bool:
+        """Takes an item out. False when it does not wait any more."""
+        for entry in self._lines.get(owner, ()):
+            if entry[0] == item:
+                self._lines[owner].remove(entry)
+                self._took(owner, entry[1])
+                return True
+        return False
+
+    def make_room(self, owner: str, cost: int, most: int) -> list[Item] | None:
+        """Takes out as many newest items as let `cost` of an owner's in, and returns them.
+
+        They are those of whoever has most waiting, and more than `owner` would have. None, and nothing is
+        taken out, when that is not enough to stay within `most`.
+        """
+        costs = dict(self._costs)
+        mine, total = costs.pop(owner, 0) + cost, self.cost + cost
+        victims: dict[str, int] = {}
+        while total > most:
+            rival = max(costs, key=costs.__getitem__, default=None)
+            if rival is None or costs[rival] <= mine:
+                return None
+            victims[rival] = victims.get(rival, 0) + 1
+            dropped = self._lines[rival][-victims[rival]][1]
+            costs[rival] -= dropped
+            total -= dropped
+        return [self._drop_newest(rival) for rival, count in victims.items() for _ in range(count)]
+
+    def _next(self) -> str:
+        if not self._lines:
+            raise IndexError("nothing waits")
+        return min(self._lines, key=self._starts.__getitem__)
+
+    def _drop_newest(self, owner: str) -> Item:
+        item, cost = self._lines[owner].pop()
+        self._took(owner, cost)
+        return item
+
+    def _took(self, owner: str, cost: int) -> None:
+        self._costs[owner] -= cost
+        self._count -= 1
+        if not self._lines[owner]:
+            del self._lines[owner], self._costs[owner], self._starts[owner]
+
+
+class Turns:
+    """At most `width` at a time, and at most `most` cost waiting. Belongs to one event loop.
+
+    `refuse` makes the error for what finds no room, or has to make room for others.
+    """
+
+    def __init__(self, width: int, most: int, refuse: Callable[[], Exhausted]) -> None:
+        self._width = width
+        self._most = most
+        self._refuse = refuse
+        self._running = 0
+        self._queue: FairQueue[asyncio.Future[None]] = FairQueue()
+
+    @property
+    def running(self) -> int:
+        """How many have their turn."""
+        return self._running
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for theirs."""
+        return len(self._queue)
+
+    @asynccontextmanager
+    async def take(self, owner: str, cost: int = 1) -> AsyncIterator[None]:
+        """A turn of an owner's, once it comes. Raises Exhausted."""
+        if self._running < self._width:
+            self._running += 1
+        else:
+            await self._wait(owner, cost)
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    async def _wait(self, owner: str, cost: int) -> None:
+        pushed_out = self._queue.make_room(owner, cost, self._most)
+        if pushed_out is None:
+            raise self._refuse()
+        for other in pushed_out:
+            if not other.done():
+                other.set_exception(self._refuse())
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.push(owner, turn, cost)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not self._queue.remove(owner, turn) and _is_given(turn):
+                self._pass_on()  # it came in the moment of leaving
+            raise
+
+    def _pass_on(self) -> None:
+        while self._queue:
+            turn = self._queue.pop()
+            if not turn.done():  # its owner has left, and did not get to take it out yet
+                turn.set_result(None)
+                return
+        self._running -= 1
+
+
+def _is_given(turn: asyncio.Future[None]) -> bool:
+    return turn.done() and not turn.cancelled() and turn.exception() is None
