@@ -18,9 +18,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from hiprune import containers
+from hiprune.containers import Outline
 from hiprune.errors import InvalidInput
-from services.encoder import containers
-from services.encoder.containers import Outline
 
 _MAX_SCANS: Final = 100
 """A progressive JPEG has about ten. Forty bytes of an empty scan cost a full pass over the pixels, so that

@@ -10,7 +10,8 @@ from typing import Any, Final
 
 import torch
 
-from hiprune import deadlines, tensors
+from hiprune import auth, deadlines, tensors
+from hiprune.allowances import check_media
 from hiprune.checkpoints import Checkpoint
 from hiprune.errors import InvalidInput, Mismatch, Unsupported
 from hiprune.shared_memory import Lender, Loan
@@ -71,6 +72,9 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
         """Encodes one image into its views."""
         clock = start_clock()
         self._check(request)
+        limits = auth.current().tenant.limits
+        if limits.bounds_images:
+            await asyncio.to_thread(check_media, request.media, limits, field="media")
         encoded = await self._engine.encode(
             request.media, request.layers, aligned=request.aligned, clock=clock
         )

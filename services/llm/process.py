@@ -50,7 +50,7 @@ class LlmService:
 
     async def start(self) -> None:
         """Loads the model and generates once. The pruner need not be there."""
-        self._pruner = Pruner(self._settings.pruner, self._settings.max_message_bytes)
+        self._pruner = Pruner(self._settings)
         model = await asyncio.to_thread(load, self._settings)
         await model.engine.start()
         self._model = model

@@ -6,22 +6,23 @@ import asyncio
 from collections.abc import Sequence
 
 from hiprune import telemetry
-from hiprune.client import call, connect
+from hiprune.client import Peer
 from hiprune.errors import HipruneError
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2, pruner_service_pb2_grpc
 from services.llm.prompts import MediaItem
+from services.llm.settings import Settings
 
 
 class Pruner:
-    """A channel to the pruner; connects when first used."""
+    """Calls to the pruner."""
 
-    def __init__(self, address: str, max_message_bytes: int) -> None:
-        self._channel = connect(address, max_message_bytes=max_message_bytes)
-        self._stub = pruner_service_pb2_grpc.PrunerServiceStub(self._channel)
+    def __init__(self, settings: Settings) -> None:
+        """Connects when first used. Raises ConfigError for certificates that cannot be used."""
+        self._peer = Peer("pruner", settings.pruner, pruner_service_pb2_grpc.PrunerServiceStub, settings)
 
     async def close(self) -> None:
         """Closes the channel; running calls are cancelled."""
-        await self._channel.close()
+        await self._peer.close()
 
     async def prune(
         self, items: Sequence[MediaItem], policy: pruner_service_pb2.PrunePolicy
@@ -49,8 +50,8 @@ class Pruner:
         )
         try:
             with telemetry.stage("prune"):
-                response = await call(
-                    self._stub.PruneImage, request, pruner_service_pb2.PruneImageResponse, peer="pruner"
+                response = await self._peer.call(
+                    lambda stub: stub.PruneImage, request, pruner_service_pb2.PruneImageResponse
                 )
         except HipruneError as error:
             raise _as_asked(error, item) from error

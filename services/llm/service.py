@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
-from hiprune import telemetry
+from hiprune import auth, quotas, telemetry
+from hiprune.allowances import check_media
 from hiprune.errors import Internal, InvalidInput, Mismatch
 from hiprune.v1 import (
     encoder_service_pb2,
@@ -17,7 +18,7 @@ from hiprune.v1 import (
     llm_service_pb2_grpc,
     pruner_service_pb2,
 )
-from services.llm.pipeline import LanguageModel
+from services.llm.pipeline import Event, LanguageModel, Request
 from services.llm.pruner import Pruner
 from services.llm.visual import VisualTokens
 
@@ -45,12 +46,14 @@ class LanguageModelServicer(llm_service_pb2_grpc.LanguageModelServiceServicer):
                 for item in checked.prompt.media
             ]
         )
-        async with model.slots.take(), aclosing(model.answer(checked, media, clock)) as events:
-            async for event in events:
-                if isinstance(event, llm_service_pb2.TextDelta):
-                    yield llm_service_pb2.GenerateTextResponse(delta=event)
-                else:
-                    yield llm_service_pb2.GenerateTextResponse(completion=event)
+        async with model.slots.take():
+            await _reserve(media)
+            async with aclosing(_answer(model, checked, media, clock)) as events:
+                async for event in events:
+                    if isinstance(event, llm_service_pb2.TextDelta):
+                        yield llm_service_pb2.GenerateTextResponse(delta=event)
+                    else:
+                        yield llm_service_pb2.GenerateTextResponse(completion=event)
 
     async def GetLanguageModel(  # noqa: N802
         self, request: llm_service_pb2.GetLanguageModelRequest, context: Context
@@ -87,17 +90,45 @@ class ImageQaServicer(llm_service_pb2_grpc.ImageQaServiceServicer):
         checked = await asyncio.to_thread(
             model.read, request.messages, request.sampling, request.model, media="media"
         )
+        tenant = auth.current().tenant
+        if tenant.limits.bounds_images:
+            await asyncio.to_thread(_check_media, checked, tenant.limits)
         # the slot first: no image is encoded for an answer that has to wait
         async with model.slots.take():
-            pruned, report = await self._pruner().prune(checked.prompt.media, request.policy)
+            policy = tenant.complete(request.policy)
+            pruned, report = await self._pruner().prune(checked.prompt.media, policy)
             media = await asyncio.to_thread(lambda: [_from_pruner(model, each) for each in pruned])
+            await _reserve(media)
             yield llm_service_pb2.AskImageResponse(report=report)
-            async with aclosing(model.answer(checked, media, clock)) as events:
+            async with aclosing(_answer(model, checked, media, clock)) as events:
                 async for event in events:
                     if isinstance(event, llm_service_pb2.TextDelta):
                         yield llm_service_pb2.AskImageResponse(delta=event)
                     else:
                         yield llm_service_pb2.AskImageResponse(completion=event)
+
+
+def _check_media(request: Request, limits: auth.Limits) -> None:
+    """Refuses what is larger than its tenant may send. Blocks. Raises InvalidInput."""
+    for item in request.prompt.media:
+        check_media(item.part.media, limits, field=f"{item.field}.media")
+
+
+async def _reserve(media: Sequence[VisualTokens]) -> None:
+    """Counts the tokens that were kept, before the language model reads them. Raises Exhausted (QUOTA)."""
+    await quotas.current().reserve(
+        sum(each.tokens_kept for each in media), sum(each.tokens_before for each in media)
+    )
+
+
+async def _answer(
+    model: LanguageModel, request: Request, media: Sequence[VisualTokens], clock: telemetry.StageClock
+) -> AsyncGenerator[Event, None]:
+    """The model's answer; from its first event on, what the tenant was charged stays charged."""
+    async with aclosing(model.answer(request, media, clock)) as events:
+        async for event in events:
+            quotas.current().keep()
+            yield event
 
 
 def _from_pruner(model: LanguageModel, media: pruner_service_pb2.PrunedMedia) -> VisualTokens:

@@ -39,9 +39,14 @@ class VisualView:
         return inside + (0 if self.prefix is None else len(self.prefix))
 
     @property
+    def tokens_kept(self) -> int:
+        """Tokens that are left, those outside the grid counted."""
+        return len(self.kept) + (0 if self.prefix is None else len(self.prefix))
+
+    @property
     def whole(self) -> bool:
         """Whether nothing was pruned."""
-        return len(self.kept) + (0 if self.prefix is None else len(self.prefix)) == self.tokens_before
+        return self.tokens_kept == self.tokens_before
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,11 @@ class VisualTokens:
     def tokens_before(self) -> int:
         """Tokens before pruning, padding left out."""
         return sum(view.tokens_before for view in self.views)
+
+    @property
+    def tokens_kept(self) -> int:
+        """Tokens that are left, those outside the grid counted."""
+        return sum(view.tokens_kept for view in self.views)
 
     @property
     def whole(self) -> bool:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hiprune.checkpoints import Checkpoint
-from hiprune.client import call
+from hiprune.client import Peer
 from hiprune.errors import Internal, InvalidInput, Mismatch
 from hiprune.shared_memory import Borrower, SegmentError
 from hiprune.tensors import Memory
@@ -41,20 +41,19 @@ class RemoteEncoder:
 
     def __init__(
         self,
-        stub: encoder_service_pb2_grpc.EncoderServiceAsyncStub,
+        peer: Peer[encoder_service_pb2_grpc.EncoderServiceAsyncStub],
         checkpoint: Checkpoint,
         text_digest: str,
         settings: Settings,
     ) -> None:
-        self._stub = stub
+        self._peer = peer
         self._checkpoint = checkpoint
         self._text_digest = text_digest
         self._max_tokens = settings.max_tokens
-        self._default_s = settings.default_deadline_ms / 1000
         self._borrower = Borrower(settings.shared_memory_dir)
 
     async def encode(self, request: encoder_service_pb2.EncodeImageRequest, workers: Executor) -> Encoded:
-        """The image, checked, on `workers` as it may be large. Raises Mismatch, Internal, and as `call`."""
+        """The image, checked on `workers` as it may be large. Raises Mismatch, Internal, as `Peer.call`."""
         request.shared_memory_token = self._borrower.token
         try:
             return await self._ask(request, workers)
@@ -66,12 +65,8 @@ class RemoteEncoder:
 
     async def _ask(self, request: encoder_service_pb2.EncodeImageRequest, workers: Executor) -> Encoded:
         """One call. Raises SegmentError for an answer in shared memory that is not all there."""
-        image = await call(
-            self._stub.EncodeImage,
-            request,
-            encoder_service_pb2.EncodeImageResponse,
-            peer="encoder",
-            default_s=self._default_s,
+        image = await self._peer.call(
+            lambda stub: stub.EncodeImage, request, encoder_service_pb2.EncodeImageResponse
         )
         return await asyncio.get_running_loop().run_in_executor(workers, self._receive, request, image)
 

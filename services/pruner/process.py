@@ -12,7 +12,7 @@ import grpc
 
 from hiprune import checkpoints
 from hiprune.checkpoints import Checkpoint
-from hiprune.client import connect
+from hiprune.client import Peer
 from hiprune.config import ConfigError
 from hiprune.intake import ROOM, SMALL_REQUEST
 from hiprune.redis_clients import EXPECTED
@@ -38,7 +38,7 @@ class PrunerService:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._servicer = PrunerServicer(settings)
-        self._channel: grpc.aio.Channel | None = None
+        self._encoder: Peer[encoder_service_pb2_grpc.EncoderServiceAsyncStub] | None = None
         self._takes_video = False
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -63,16 +63,17 @@ class PrunerService:
             model=identity,
             max_value_bytes=settings.cache_value_bytes,
         )
-        self._channel = connect(settings.encoder, max_message_bytes=settings.max_message_bytes)
-        stub = encoder_service_pb2_grpc.EncoderServiceStub(self._channel)
-        encoder = RemoteEncoder(stub, checkpoint, text.digest if text else "", settings)
+        self._encoder = Peer(
+            "encoder", settings.encoder, encoder_service_pb2_grpc.EncoderServiceStub, settings
+        )
+        encoder = RemoteEncoder(self._encoder, checkpoint, text.digest if text else "", settings)
         self._servicer.equip(checkpoint, text, cache, encoder)
 
     async def stop(self) -> None:
         """Finishes what is being cached and hangs up."""
         await self._servicer.close()
-        if self._channel is not None:
-            await self._channel.close()
+        if self._encoder is not None:
+            await self._encoder.close()
 
     def request_bytes(self) -> Mapping[str, int]:
         """See `hiprune.server.Service`: an image or a video with its question; anybody's tokens."""

@@ -11,8 +11,8 @@ from typing import Any, Final, TypeAlias, TypeVar
 
 import torch
 
-from hiprune import deadlines
-from hiprune.auth import ANONYMOUS_TENANT
+from hiprune import auth, deadlines, quotas
+from hiprune.allowances import check_media
 from hiprune.checkpoints import Checkpoint
 from hiprune.errors import InvalidInput, Mismatch
 from hiprune.telemetry import StageClock, stage, start_clock
@@ -95,7 +95,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 f"{len(request.views)} views, expected 1 to {self._settings.max_views}", field="views"
             )
         check_views(request.views, max_tokens=self._settings.max_tokens)
-        policy = _policy_of_tokens(request)
+        policy = _policy_of_tokens(request, auth.current().tenant.complete(request.policy))
         vector = await self._vector_of_tokens(request, policy)
 
         def work() -> Pruned:
@@ -103,6 +103,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
 
         with stage("select"):
             pruned = await self._off_loop(work)
+        await _charge(pruned.summary)
         return pruner_service_pb2.PruneTokensResponse(
             views=pruned.views, summary=pruned.summary, timings=clock.to_proto()
         )
@@ -112,14 +113,21 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
     ) -> pruner_service_pb2.PruneImageResponse:
         """Encodes an image, or takes it from the cache, and prunes it."""
         clock = start_clock()
-        policy = policies.resolve(request.policy, self._checkpoint.facts)
+        tenant = auth.current().tenant
+        policy = policies.resolve(tenant.complete(request.policy), self._checkpoint.facts)
         question = request.question.strip()
         self._check_media(request.media)
         self._check_question(question, policy)
-        digest = await self._off_loop(lambda: media_digest(request.media))
-        keys = self._cache.keys(ANONYMOUS_TENANT)
+
+        def look() -> bytes:
+            check_media(request.media, tenant.limits, field="media")
+            return media_digest(request.media)
+
+        digest = await self._off_loop(look)
+        keys = self._cache.keys(tenant.name)
         pruned = await self._cache.get_pruned(keys, digest, policy, question)
         if pruned is not None:
+            await _charge(pruned.summary)
             return _answer(pruned, pruner_service_pb2.CACHE_STATUS_PRUNED_HIT, policy, clock)
         reading = asyncio.create_task(self._text_vector(question, policy))  # while the encoder works
         try:
@@ -128,6 +136,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         finally:
             reading.cancel()
         self._cache.put_pruned(keys, digest, policy, question, pruned)
+        await _charge(pruned.summary)
         return _answer(pruned, status, policy, clock)
 
     async def close(self) -> None:
@@ -309,6 +318,11 @@ def _serves(image: encoder_service_pb2.EncodeImageResponse, layers: set[int], al
     return layers <= held and (image.views[0].HasField("aligned") or not aligned)
 
 
+async def _charge(summary: pruner_service_pb2.PruneSummary) -> None:
+    """Counts the tokens that were kept, where this is the first service of the request. Raises Exhausted."""
+    await quotas.current().reserve(summary.tokens_kept, summary.tokens_before)
+
+
 def _answer(
     media: pruner_service_pb2.PrunedMedia,
     status: pruner_service_pb2.CacheStatus.ValueType,
@@ -322,15 +336,15 @@ def _answer(
     return response
 
 
-def _policy_of_tokens(request: pruner_service_pb2.PruneTokensRequest) -> Policy:
+def _policy_of_tokens(
+    request: pruner_service_pb2.PruneTokensRequest, policy: pruner_service_pb2.PrunePolicy
+) -> Policy:
     """The policy over a stranger's tokens: the layers default to the lowest and the highest that came."""
     layers = sorted({entry.layer for view in request.views for entry in view.attention}) or [1]
     deep_layer = request.deep_layer if request.HasField("deep_layer") else layers[-1]
     if deep_layer < 1:
         raise InvalidInput(f"{deep_layer}, expected at least 1", field="deep_layer")
-    return policies.resolve_layers(
-        request.policy, object_layer=min(layers[0], deep_layer), deep_layer=deep_layer
-    )
+    return policies.resolve_layers(policy, object_layer=min(layers[0], deep_layer), deep_layer=deep_layer)
 
 
 def _prune_tokens(views: Sequence[encoder_service_pb2.View], policy: Policy, guidance: Guidance) -> Pruned:

@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar
 
 import grpc
 
-from hiprune import deadlines, telemetry
-from hiprune.errors import Internal, from_rpc
+from hiprune import auth, deadlines, telemetry
+from hiprune.config import ServiceSettings
+from hiprune.errors import Internal, PermissionDenied, Unauthenticated, from_rpc
+from hiprune.trust import LOOK_EVERY_S, Certificates
 from hiprune.v1 import (
     llm_service_pb2,
     llm_service_pb2_grpc,
@@ -53,23 +56,30 @@ _SERVICE_CONFIG: Final = json.dumps(
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
+Stub = TypeVar("Stub")
 
 
-def connect(address: str, *, max_message_bytes: int = MAX_MESSAGE_BYTES) -> grpc.aio.Channel:
+def connect(
+    address: str,
+    *,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    credentials: grpc.ChannelCredentials | None = None,
+) -> grpc.aio.Channel:
     """A channel to HOST:PORT or unix:PATH, balanced over all replicas behind the name.
 
-    Connects when first used. Unary calls between services are pure, so UNAVAILABLE is retried twice.
+    Connects when first used, with TLS where `credentials` are given. Unary calls between services are pure,
+    so UNAVAILABLE is retried twice.
     """
-    return grpc.aio.insecure_channel(
-        address,
-        options=[
-            ("grpc.service_config", _SERVICE_CONFIG),
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", max_message_bytes),
-            ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.max_reconnect_backoff_ms", 2000),
-        ],
-    )
+    options = [
+        ("grpc.service_config", _SERVICE_CONFIG),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2000),
+    ]
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 async def call(
@@ -79,6 +89,7 @@ async def call(
     *,
     peer: str,
     default_s: float = DEFAULT_TIMEOUT_S,
+    metadata: tuple[tuple[str, str], ...] = (),
 ) -> Response:
     """One unary call on behalf of the current request, under what is left of its deadline.
 
@@ -86,13 +97,100 @@ async def call(
     """
     try:
         response = await method(
-            request, timeout=deadlines.for_next_hop(default_s), metadata=telemetry.outgoing_metadata()
+            request,
+            timeout=deadlines.for_next_hop(default_s),
+            metadata=(*telemetry.outgoing_metadata(), *metadata),
         )
     except grpc.aio.AioRpcError as error:
         raise from_rpc(error, peer=peer) from error
     if not isinstance(response, response_type):
         raise Internal(f"the {peer} answered with {type(response).__name__}")
     return response
+
+
+class Peer(Generic[Stub]):
+    """Another service, as this one calls it: for the tenant whose request is being served, and as a peer.
+
+    `make_stub` is its stub's class. With TLS a changed certificate gets a channel of its own, while the calls
+    on the old one end in peace.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        make_stub: Callable[[grpc.aio.Channel], Stub],
+        settings: ServiceSettings,
+    ) -> None:
+        """Connects when first used. Raises ConfigError for certificates that cannot be used."""
+        self._name = name
+        self._address = address
+        self._make_stub = make_stub
+        self._max_message_bytes = settings.max_message_bytes
+        self._default_s = settings.default_deadline_ms / 1000
+        self._token = settings.peer_token.get_secret_value()
+        self._is_known = settings.is_known_at(address)
+        uses_tls = settings.tls_ca and not auth.is_unix(address)
+        self._certificates = Certificates.of(settings) if uses_tls else None
+        self._leaving: set[asyncio.Task[None]] = set()
+        self._connect()
+
+    async def call(
+        self, method: Callable[[Stub], Callable[..., Any]], request: Any, response_type: type[Response]
+    ) -> Response:
+        """One call: `await encoder.call(lambda stub: stub.EncodeImage, request, EncodeImageResponse)`.
+
+        Raises as `call` does, and Internal where the peer does not take this service for one.
+        """
+        self._renew()
+        try:
+            return await call(
+                method(self._stub),
+                request,
+                response_type,
+                peer=self._name,
+                default_s=self._default_s,
+                metadata=self._introduction(),
+            )
+        except (PermissionDenied, Unauthenticated) as error:
+            # between services it is not the client who lacks a right, but the two that lack a common secret
+            raise Internal(f"the {self._name} does not trust this service; the log has its reason") from error
+
+    async def close(self) -> None:
+        """Closes the channel; running calls are cancelled."""
+        await self._channel.close()
+        for each in self._leaving:
+            each.cancel()
+
+    def _introduction(self) -> tuple[tuple[str, str], ...]:
+        """Who calls, and for whom. A tenant is named to those alone who have a reason to believe it."""
+        said = []
+        if self._token:
+            said.append((auth.PEER_HEADER, self._token))
+        if self._is_known:
+            said.append((auth.TENANT_HEADER, auth.current().tenant.name))
+        return tuple(said)
+
+    def _connect(self) -> None:
+        files = self._certificates
+        self._generation = files.generation if files else 0
+        self._channel = connect(
+            self._address,
+            max_message_bytes=self._max_message_bytes,
+            credentials=files.channel_credentials() if files else None,
+        )
+        self._stub = self._make_stub(self._channel)
+
+    def _renew(self) -> None:
+        """Moves to a new channel when the certificates have changed."""
+        if self._certificates is None:
+            return
+        self._certificates.look(at_most_every_s=LOOK_EVERY_S)
+        if self._certificates.generation != self._generation:
+            closing = asyncio.create_task(self._channel.close(grace=self._default_s))
+            self._leaving.add(closing)
+            closing.add_done_callback(self._leaving.discard)
+            self._connect()
 
 
 @dataclass(slots=True)
@@ -110,11 +208,26 @@ class Answer:
 
 
 class Client:
-    """Asks questions about images. `async with Client("127.0.0.1:50053") as client: …`."""
+    """Asks questions about images. `async with Client("127.0.0.1:50053", key=key) as client: …`."""
 
-    def __init__(self, address: str, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self._channel = connect(address)
+    def __init__(
+        self,
+        address: str,
+        *,
+        key: str = "",
+        credentials: grpc.ChannelCredentials | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+    ) -> None:
+        """`key` is a tenant's, where the service has tenants; `credentials` turn TLS on.
+
+        A key is as safe as the way it takes: beyond one machine, that takes TLS. Raises Unauthenticated for
+        one that cannot be sent.
+        """
+        if not (key.isascii() and key.isprintable()):
+            raise Unauthenticated("the key holds characters that no key has")
+        self._channel = connect(address, credentials=credentials)
         self._timeout_s = timeout_s
+        self._credentials = ((auth.KEY_HEADER, f"Bearer {key}"),) if key else ()
         self._image_qa = llm_service_pb2_grpc.ImageQaServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:
@@ -173,7 +286,7 @@ class Client:
         stream = self._image_qa.AskImage(
             request,
             timeout=deadlines.for_next_hop(self._timeout_s),
-            metadata=telemetry.outgoing_metadata(),
+            metadata=(*telemetry.outgoing_metadata(), *self._credentials),
         )
         try:
             async for event in stream:

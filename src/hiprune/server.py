@@ -1,4 +1,4 @@
-"""A gRPC service process: interceptor, health, reflection, readiness, drain. Knows no method."""
+"""A gRPC service process: interceptor, TLS, health, reflection, readiness, drain. Knows no method."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import socket
+import stat
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
@@ -19,11 +20,13 @@ from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
-from hiprune import deadlines, telemetry
+from hiprune import auth, deadlines, telemetry
 from hiprune.checkpoints import CheckpointError
 from hiprune.config import ConfigError, ServiceSettings
+from hiprune.door import Door
 from hiprune.errors import Expired, HipruneError, Internal, Unavailable, to_status
 from hiprune.intake import Intake, Parse
+from hiprune.trust import Certificates
 
 log = logging.getLogger("hiprune.server")
 
@@ -75,7 +78,9 @@ def main(settings_class: type[S], make: Callable[[S], Service]) -> None:
 
 async def run(settings: ServiceSettings, service: Service) -> None:
     """Serves until SIGTERM or SIGINT, then drains: NOT_SERVING, running requests finish, it leaves."""
-    gate = RequestGate(settings.default_deadline_ms / 1000)
+    door = Door.of(settings)
+    certificates = Certificates.of(settings)
+    gate = RequestGate(settings.default_deadline_ms / 1000, door)
     server = grpc.aio.server(
         interceptors=[gate],
         options=[
@@ -97,12 +102,12 @@ async def run(settings: ServiceSettings, service: Service) -> None:
         await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
     try:
         _refuse_taken_socket(settings.listen)
-        server.add_insecure_port(settings.listen)
+        _bind(server, settings, certificates)
     except RuntimeError as error:
         raise ConfigError(f"listen (--listen): got {settings.listen!r}, which cannot be bound") from error
-    if settings.allow_anonymous:
-        log.warning("allow_anonymous: anybody who reaches %s may use this service", settings.listen)
+    _say_who_may_call(settings)
     await server.start()
+    door.open()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -128,6 +133,7 @@ async def run(settings: ServiceSettings, service: Service) -> None:
         loading = not starting.done()
         starting.cancel()
         await service.stop()
+        await door.close()
         log.info("stopped")
         if loading:
             # a load runs in a thread that nothing can interrupt, that the interpreter would wait for, and
@@ -135,6 +141,37 @@ async def run(settings: ServiceSettings, service: Service) -> None:
             logging.shutdown()
             sys.stdout.flush()
             os._exit(0)
+
+
+def _bind(server: grpc.aio.Server, settings: ServiceSettings, certificates: Certificates | None) -> None:
+    """Listens: with TLS where there is a certificate, and never on a Unix socket, which no wire leaves from.
+
+    Raises RuntimeError.
+    """
+    if certificates is None or not settings.tls_cert or auth.is_unix(settings.listen):
+        server.add_insecure_port(settings.listen)
+        return
+    credentials = certificates.server_credentials(require_clients=settings.tls_client_auth)
+    server.add_secure_port(settings.listen, credentials)
+
+
+def _say_who_may_call(settings: ServiceSettings) -> None:
+    """A line in the log, and a warning for what may surprise."""
+    at = settings.listen
+    if settings.allow_anonymous:
+        log.warning("allow_anonymous: anybody who reaches %s may use this service", at)
+    elif settings.tenants or settings.peers_only or settings.tls_client_auth:
+        kinds = {
+            "tenants with a key": settings.tenants,
+            "services with peer_token": settings.peer_token.get_secret_value(),
+            "holders of a certificate of tls_ca's": settings.tls_client_auth,
+            "whoever may open the socket, in the name of any tenant": auth.is_unix(at),
+        }
+        log.info("on %s are served: %s", at, "; ".join(kind for kind, given in kinds.items() if given))
+    else:
+        log.info("no tenants are configured: everybody on this machine who reaches %s is served", at)
+    if auth.is_unix(at) and os.stat(at.removeprefix("unix:")).st_mode & stat.S_IWOTH:
+        log.warning("everybody on this machine may open %s, and so counts as a service", at)
 
 
 def _refuse_taken_socket(listen: str) -> None:
@@ -174,10 +211,12 @@ class Health(health_aio.HealthServicer):  # type: ignore[misc]  # untyped upstre
 
 
 class RequestGate(grpc.aio.ServerInterceptor):
-    """Around every request: readiness, the deadline, the trace, and errors as statuses with details."""
+    """Around every request: readiness, deadline, caller, trace, and errors as statuses with details."""
 
-    def __init__(self, default_deadline_s: float) -> None:
+    def __init__(self, default_deadline_s: float, door: Door | None = None) -> None:
+        """Without a `door`, everybody comes in as an anonymous caller."""
         self._default_deadline_s = default_deadline_s
+        self._door = door or Door()
         self._intake = Intake()
         self._open = False
 
@@ -211,7 +250,10 @@ class RequestGate(grpc.aio.ServerInterceptor):
     ) -> Callable[..., Awaitable[Message]]:
         async def guarded(request: bytes, context: Context) -> Message:
             try:
-                async with self._request(context), self._intake.message(method, request, parse) as message:
+                async with (
+                    self._request(context, method),
+                    self._intake.message(method, request, parse) as message,
+                ):
                     return await behaviour(message, context)
             except Exception as error:
                 await _abort(context, error)
@@ -226,7 +268,7 @@ class RequestGate(grpc.aio.ServerInterceptor):
         async def guarded(request: bytes, context: Context) -> None:
             try:
                 async with (
-                    self._request(context),
+                    self._request(context, method),
                     self._intake.message(method, request, parse) as asked,
                     aclosing(behaviour(asked, context)) as messages,
                 ):
@@ -238,8 +280,11 @@ class RequestGate(grpc.aio.ServerInterceptor):
         return guarded
 
     @asynccontextmanager
-    async def _request(self, context: Context) -> AsyncIterator[None]:
-        """A request's deadline and trace. Raises Unavailable before the service is ready; Expired."""
+    async def _request(self, context: Context, method: str) -> AsyncIterator[None]:
+        """A request's deadline, trace and caller.
+
+        Raises Unavailable before the service is ready; Expired; and as `Door.admit`.
+        """
         if not self._open:
             raise Unavailable("the service is starting", reason="NOT_READY", retry_after_s=1)
         left = context.time_remaining()
@@ -252,7 +297,7 @@ class RequestGate(grpc.aio.ServerInterceptor):
         )
         limit = asyncio.timeout(seconds)
         try:
-            async with limit:
+            async with limit, self._door.admit(context, method):
                 yield
         except TimeoutError as error:
             if not limit.expired():  # somebody else's: a socket's, a library's

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from services.encoder import containers
-from services.encoder.containers import Damaged, Excessive, Outline
+from hiprune import containers
+from hiprune.containers import Damaged, Excessive, Outline
 
 TINY = bytes([0xFF, 0xFE, 0, 2])
 """A JPEG segment, a comment, of no content."""
