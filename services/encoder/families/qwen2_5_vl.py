@@ -91,17 +91,18 @@ class QwenTower:
         merge = self._merge
         grids = [tuple(item.pixels.shape[:3]) for item in items]  # T, H, W in merged tokens
         patches = [item.pixels.flatten(0, 3) for item in items]  # (nᵢ, P) each
-        grid_thw = torch.tensor(
-            [(slices, height * merge, width * merge) for slices, height, width in grids], device=self.device
-        )
-        with self._capture.recording(layers) as scores:
-            output = self.model(transfers.to_device(patches, self.device, self.dtype), grid_thw=grid_thw)
+        grid_thw = torch.tensor([(slices, height * merge, width * merge) for slices, height, width in grids])
         # Inside the tower, tokens stand window by window, so scores of windows and of whole slices alike come
-        # in that order, four patches of a merged token side by side.
+        # in that order, four patches of a merged token side by side. Worked out before the forward and on the
+        # host: asking a device for its grid behind a forward would wait for the forward.
         window_index, _ = get_vision_window_index(
             grid_thw, merge, window_size=self.model.window_size, patch_size=self.model.patch_size
         )
         row_major = torch.argsort(window_index).to(self.device)  # (N,)
+        with self._capture.recording(layers) as scores:
+            output = self.model(
+                transfers.to_device(patches, self.device, self.dtype), grid_thw=grid_thw.to(self.device)
+            )
         with transfers.download() as fetch:
             features = fetch(output.pooler_output)  # (N, D), row-major: the tower has undone its permutation
             merged = {
