@@ -9,7 +9,7 @@ READY := .venv/ready
 NODE := tests/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all check protos tables bench
+.PHONY: help demo up test test-all fuzz check protos tables bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -25,6 +25,11 @@ test: $(READY) ## every test that needs Python alone
 
 test-all: check $(NODE) ## the linters, and the tests that need Node.js; what `make test` leaves out
 	@$(BIN)/pytest -m extra
+
+# how many times as many inputs as test-all tries, drawn anew each time: TIMES=20 takes about half an hour
+TIMES ?= 20
+fuzz: $(READY) ## more hostile inputs than test-all tries, other ones each time: make fuzz TIMES=20
+	@HIPRUNE_FUZZ=$(TIMES) $(BIN)/pytest -m extra tests/fuzz $(ARGS)
 
 check: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check

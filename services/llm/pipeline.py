@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 
@@ -30,6 +30,8 @@ from services.llm.slots import Slots
 from services.llm.visual import VisualTokens, read_pruned
 
 Messages = Sequence[llm_service_pb2.Message]
+_SHOWN_CHARS: Final = 200
+"""Of a name that is none of ours: it may be as long as a request."""
 Event = llm_service_pb2.TextDelta | llm_service_pb2.Completion
 
 
@@ -68,7 +70,7 @@ class LanguageModel:
         Raises NotFound, InvalidInput, Unsupported.
         """
         if model not in {"", self.name}:
-            raise NotFound(f"is {model!r}, this service has {self.name!r}", field="model")
+            raise NotFound(f"is {model[:_SHOWN_CHARS]!r}, this service has {self.name!r}", field="model")
         drawn = read_sampling(sampling, max_new_tokens=self.max_new_tokens)
         prompt = read_prompt(messages, self.chat, self.limits, media=media)
         # an image leaves at least one token, so a text that is too long by itself needs no encoder to say so

@@ -104,14 +104,13 @@ class LanguageSpace:
         self._file, self._key, self._rows = table.path, table.name, table.shape[0]
 
     def encode(self, question: str) -> torch.Tensor | None:
-        """The question's vector (H,) float32; None when it has no token."""
+        """The question's vector (H,) float32; None when it has no token that the table knows."""
         ids = self._tokenizer.encode(question, add_special_tokens=False).ids
-        if not ids:
-            return None
         with safe_open(self._file, "pt") as file:
             table = file.get_slice(self._key)
             rows = {token: table[token : token + 1][0].float() for token in set(ids) if token < self._rows}
-        return torch.stack([rows[token] for token in ids if token in rows]).mean(dim=0)  # (H,)
+        known = [rows[token] for token in ids if token in rows]
+        return torch.stack(known).mean(dim=0) if known else None  # (H,)
 
 
 def _tokenizer_of(path: Path) -> Tokenizer:

@@ -247,6 +247,8 @@ class _Plain:
                 return constructor.construct_object(node)
             except ValueError as error:  # a date that there is none of
                 raise _Unfit(node, f"{_dotted(path)}: {error}") from error
+            except (LookupError, AttributeError) as error:  # what PyYAML says to `!!bool maybe`
+                raise _Unfit(node, f"{_dotted(path)}: is not what its tag {node.tag!r} says") from error
         found = {}
         for key, value in node.value:
             if not isinstance(key.value, str):

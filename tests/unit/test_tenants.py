@@ -99,6 +99,9 @@ def test_limits_and_the_default_policy_are_the_files():
         ("tenants:\n  a: &x {}\n  b: *x\n", 2, "anchors and aliases are not taken"),
         ("tenants:\n  a: !!python/object:os.system {}\n", 2, "not taken"),
         ("tenants:\n  a: {keys: [{id: 00}]}\n", 2, "tenants.a.keys.0.id"),
+        ("tenants:\n  a: !!bool maybe\n", 2, "tenants.a: is not what its tag"),
+        ("tenants:\n  a: !!timestamp soon\n", 2, "tenants.a: is not what its tag"),
+        ("tenants:\n  a: !!int ''\n", 2, "tenants.a: is not what its tag"),
         ("- tenants\n", 1, "the file"),
     ],
 )

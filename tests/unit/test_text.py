@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import CLIPModel
 
 from hiprune.checkpoints import CheckpointError, digest_of_all
-from services.pruner.text import PairedTextEncoder
+from services.pruner.text import LanguageSpace, PairedTextEncoder
 from tests.stacks import questions
 
 ASKED = [sample["question"] for sample in questions()[:12]]
@@ -31,8 +32,6 @@ def encoder(clip: Path) -> PairedTextEncoder:
 @pytest.fixture(scope="module")
 def reference(clip: Path):
     """transformers' whole CLIP, over ids that the tokenizer gives with its BOS and EOS."""
-    from tokenizers import Tokenizer
-
     whole = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval()
     tokenizer = Tokenizer.from_file(str(clip / "tokenizer.json"))
 
@@ -173,3 +172,13 @@ def test_a_checkpoint_without_all_its_text_weights_is_refused(clip, tmp_path):
     tensors["text_projection.weight"] = torch.zeros(7, 128)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     assert "text encoder" in refusal(path)
+
+
+def test_a_question_of_no_token_in_the_language_models_table_has_no_vector(model, tmp_path):
+    save_file({"table": torch.ones(2, 4)}, tmp_path / "model.safetensors")
+    space = LanguageSpace.__new__(LanguageSpace)
+    space._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    space._file, space._key, space._rows = tmp_path / "model.safetensors", "table", 2
+    assert space._tokenizer.encode("count the shapes .").ids
+    assert space.encode("count the shapes .") is None
+    assert space.encode("") is None
