@@ -10,29 +10,42 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 
-from hiprune import cache_cli
+from hiprune import cache_cli, tenants_cli
 from hiprune.client import CACHE_WORDS, Answer, Client
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.errors import HipruneError
+from hiprune.tenants import METHODS
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50053"
-METHODS: Final = {
-    name.removeprefix("METHOD_").lower().replace("_plus_plus", "++"): number
-    for name, number in pruner_service_pb2.Method.items()
-    if number
-}
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(cache_cli.app, name="cache")
+app.add_typer(tenants_cli.app, name="tenant")
 out = Console()
 err = Console(stderr=True)
 
 Address = Annotated[str, typer.Option(envvar="HIPRUNE_ADDRESS", help="the llm service, HOST:PORT")]
+Key = Annotated[
+    str,
+    typer.Option(
+        envvar="HIPRUNE_KEY",
+        show_envvar=True,
+        show_default=False,
+        help="API key; better in the variable than in a flag, which every user of the machine can read",
+    ),
+]
+Authority = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="HIPRUNE_TLS_CA", show_default=False, help="PEM file of the service's authority; turns TLS on"
+    ),
+]
 Model = Annotated[str, typer.Option(help="Hugging Face directory or hub id")]
 
 
@@ -86,6 +99,8 @@ def ask(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     address: Address = DEFAULT_ADDRESS,
+    key: Key = "",
+    tls_ca: Authority = None,
 ) -> None:
     """Asks a question about an image and streams the answer."""
     policy = pruner_service_pb2.PrunePolicy(method=parse_method(method))
@@ -100,7 +115,9 @@ def ask(
         raise typer.BadParameter("is not UTF-8", param_hint="QUESTION") from error
     sampling = llm_service_pb2.Sampling(max_tokens=max_tokens, temperature=temperature)
     data = image.read_bytes()
-    answer = _run(_stream(address, question, data, policy, sampling, quiet=as_json))
+    credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes()) if tls_ca else None
+    connection = {"address": address, "key": key, "credentials": credentials}
+    answer = _run(_stream(connection, question, data, policy, sampling, quiet=as_json))
     report = answer.report.media[0]
     if overlay is not None:
         from hiprune.overlay import draw_overlay
@@ -178,7 +195,7 @@ def _leave_in_order() -> None:
 
 
 async def _stream(
-    address: str,
+    connection: dict[str, Any],
     question: str,
     image: bytes,
     policy: pruner_service_pb2.PrunePolicy,
@@ -187,7 +204,7 @@ async def _stream(
     quiet: bool,
 ) -> Answer:
     """The answer, printed as it comes."""
-    async with Client(address) as client:
+    async with Client(**connection) as client:
         answer = await client.ask(
             question,
             image,

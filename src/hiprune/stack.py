@@ -93,6 +93,11 @@ class Stack:
             "HIPRUNE_LLM_LISTEN": self.address,
             "HIPRUNE_LLM_PRUNER": self.pruner_address,
             "HIPRUNE_LLM_MODEL": model,
+            **(
+                {f"HIPRUNE_{each.upper()}_LIMITS_REDIS_URL": self.redis_url for each in SERVICES}
+                if redis
+                else {}
+            ),
             **(environ or {}),
         }
 
