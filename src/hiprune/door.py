@@ -28,17 +28,20 @@ _FREE: Final = ("Get",)
 class Door:
     """Lets requests in. One a process; without settings everybody, as an anonymous caller."""
 
-    def __init__(self, rules: Rules | None = None, limits: Quotas | None = None) -> None:
+    def __init__(
+        self, rules: Rules | None = None, limits: Quotas | None = None, *, certified: bool = False
+    ) -> None:
+        """With `certified`, whoever comes by TLS has shown a certificate, or would not have come this far."""
         self._rules = rules or Rules()
         self._quotas = limits or Quotas()
+        self._certified = certified
         self._watching: asyncio.Task[None] | None = None
-        self._certified = False
 
     @classmethod
     def of(cls, settings: ServiceSettings) -> Door:
         """The door that the settings describe. Raises ConfigError, for a tenants file that is broken too."""
         url = settings.limits_redis_url.get_secret_value()
-        door = cls(
+        return cls(
             Rules(
                 accounts=TenantsWatch(Path(settings.tenants)) if settings.tenants else None,
                 peer_token=settings.peer_token.get_secret_value(),
@@ -46,10 +49,8 @@ class Door:
                 peers_only=settings.peers_only,
             ),
             Quotas(RedisStore(url) if url else None),
+            certified=settings.tls_client_auth,
         )
-        # where TLS asks for certificates, nobody gets this far without one
-        door._certified = settings.tls_client_auth
-        return door
 
     def open(self) -> None:
         """Begins to watch the tenants file."""

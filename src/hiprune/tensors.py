@@ -29,6 +29,9 @@ WIRE_DTYPES: Final = {torch_type: wire for wire, torch_type in TORCH_DTYPES.item
 _NAMES: Final = {torch_type: tensor_pb2.DataType.Name(wire) for wire, torch_type in TORCH_DTYPES.items()}
 FLOATS: Final = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
+MAX_ELEMENTS: Final = 2**60
+"""What torch and numpy count with is 64 bits wide, in bytes. Bytes run out long before, except for none."""
+
 M = TypeVar("M", bound=Message)
 
 
@@ -108,6 +111,11 @@ def check(
         raise InvalidInput(
             f"holds {held} bytes, expected {need} for shape {_show(extents)} of {name}",
             field=f"{field}.{payload}",
+        )
+    if prod(max(extent, 1) for extent in extents) > MAX_ELEMENTS:  # 0 × 2**62 × 2 has no bytes, and strides
+        raise InvalidInput(
+            f"shape is {_show(extents)}, whose extents other than 0 multiply to more than {MAX_ELEMENTS}",
+            field=f"{field}.shape",
         )
     return dtype
 

@@ -79,6 +79,12 @@ REFUSALS = {
     "rank 0": (message(shape=(), data=bytes(4)), {}, "x.shape", r"rank is 0 \(shape \(\)\), expected 2"),
     "rank 1": (message(shape=(6,)), {}, "x.shape", "rank is 1"),
     "rank 3": (message(shape=(1, 2, 3)), {}, "x.shape", "rank is 3"),
+    "no bytes, and strides of more than 64 bits": (
+        message(shape=(0, 2**62, 2), data=b""),
+        {"shape": (None,) * 3},
+        "x.shape",
+        r"shape is \(0, 4611686018427387904, 2\), whose extents other than 0 multiply to more than",
+    ),
     "negative extent": (message(shape=(-2, 3)), {}, "x.shape", r"shape is \(-2, 3\), expected \(\*, \*\)"),
     "two negative extents": (message(shape=(-2, -3)), {}, "x.shape", r"shape is \(-2, -3\)"),
     "wrong extent": (message(), {"shape": (None, 4)}, "x.shape", r"shape is \(2, 3\), expected \(\*, 4\)"),
