@@ -9,7 +9,7 @@ READY := .venv/ready
 NODE := tests/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all fuzz check protos tables bench
+.PHONY: help demo up test test-all fuzz soak check protos tables bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -30,6 +30,9 @@ test-all: check $(NODE) ## the linters, and the tests that need Node.js; what `m
 TIMES ?= 20
 fuzz: $(READY) ## more hostile inputs than test-all tries, other ones each time: make fuzz TIMES=20
 	@HIPRUNE_FUZZ=$(TIMES) $(BIN)/pytest -m extra tests/fuzz $(ARGS)
+
+soak: $(READY) ## half an hour at 80 % of capacity: is memory flat, is every answer right?
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 check: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check
