@@ -1,4 +1,5 @@
-"""Certificates for tests: an authority, and leaves that it signs for this machine's loopback address."""
+"""Certificates for tests: an authority, leaves that it signs for this machine's loopback address, and a stack
+that is asked by TLS."""
 
 from __future__ import annotations
 
@@ -6,10 +7,15 @@ import datetime
 import ipaddress
 from pathlib import Path
 
+import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from hiprune.stack import Stack
+from hiprune.trust import Certificates
 
 _DAY = datetime.timedelta(days=1)
 
@@ -62,3 +68,26 @@ class Authority:
 
 def _named(name: str) -> x509.Name:
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+
+class TlsStack(Stack):
+    """A stack whose services are asked by TLS whether they are ready."""
+
+    certificates: Certificates
+    """Of whoever asks."""
+    addresses: dict[str, str]
+
+    def wait_ready(self, service: str, timeout_s: float = 120) -> None:
+        """As the stack's own, which knows no TLS."""
+        credentials = self.certificates.channel_credentials()
+        with grpc.secure_channel(self.addresses[service], credentials) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+
+            def serves() -> bool:
+                try:
+                    answer = health.Check(health_pb2.HealthCheckRequest(), timeout=1)
+                except grpc.RpcError:
+                    return False
+                return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+            self._wait(service, serves, timeout_s)

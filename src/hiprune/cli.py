@@ -16,10 +16,12 @@ from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 
 from hiprune import cache_cli, tenants_cli
+from hiprune.auth import is_private
 from hiprune.client import CACHE_WORDS, Answer, Client
-from hiprune.config import EMBEDDED_MODEL
+from hiprune.config import EMBEDDED_MODEL, ConfigError
 from hiprune.errors import HipruneError
 from hiprune.tenants import METHODS
+from hiprune.trust import Certificates
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
 
 DEFAULT_ADDRESS: Final = "127.0.0.1:50053"
@@ -41,10 +43,21 @@ Key = Annotated[
     ),
 ]
 Authority = Annotated[
-    Path | None,
+    str,
     typer.Option(
         envvar="HIPRUNE_TLS_CA", show_default=False, help="PEM file of the service's authority; turns TLS on"
     ),
+]
+Certificate = Annotated[
+    str,
+    typer.Option(
+        envvar="HIPRUNE_TLS_CERT",
+        show_default=False,
+        help="PEM file of a certificate to show, where the service wants one of every client",
+    ),
+]
+CertificateKey = Annotated[
+    str, typer.Option(envvar="HIPRUNE_TLS_KEY", show_default=False, help="PEM file of its key")
 ]
 Model = Annotated[str, typer.Option(help="Hugging Face directory or hub id")]
 
@@ -100,7 +113,9 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
     address: Address = DEFAULT_ADDRESS,
     key: Key = "",
-    tls_ca: Authority = None,
+    tls_ca: Authority = "",
+    tls_cert: Certificate = "",
+    tls_key: CertificateKey = "",
 ) -> None:
     """Asks a question about an image and streams the answer."""
     policy = pruner_service_pb2.PrunePolicy(method=parse_method(method))
@@ -115,7 +130,9 @@ def ask(
         raise typer.BadParameter("is not UTF-8", param_hint="QUESTION") from error
     sampling = llm_service_pb2.Sampling(max_tokens=max_tokens, temperature=temperature)
     data = image.read_bytes()
-    credentials = grpc.ssl_channel_credentials(tls_ca.read_bytes()) if tls_ca else None
+    credentials = _credentials(tls_ca, tls_cert, tls_key)
+    if key and credentials is None and not is_private(address):
+        err.print("warning: the key goes unencrypted to another machine: give --tls-ca", style="yellow")
     connection = {"address": address, "key": key, "credentials": credentials}
     answer = _run(_stream(connection, question, data, policy, sampling, quiet=as_json))
     report = answer.report.media[0]
@@ -215,6 +232,19 @@ async def _stream(
     if not quiet:
         print()
     return answer
+
+
+def _credentials(authority: str, certificate: str, key: str) -> grpc.ChannelCredentials | None:
+    """TLS as the files say; None where there are none."""
+    if not (authority or certificate or key):
+        return None
+    if bool(certificate) != bool(key):
+        missing = "--tls-key" if certificate else "--tls-cert"
+        raise typer.BadParameter("is empty, expected a file as its other half is given", param_hint=missing)
+    try:
+        return Certificates(certificate, key, authority).channel_credentials()
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _run(work: Any) -> Any:

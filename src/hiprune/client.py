@@ -220,8 +220,9 @@ class Client:
     ) -> None:
         """`key` is a tenant's, where the service has tenants; `credentials` turn TLS on.
 
-        A key is as safe as the way it takes: beyond one machine, that takes TLS. Raises Unauthenticated for
-        one that cannot be sent.
+        `Certificates(authority="ca.crt").channel_credentials()`, of `hiprune.trust`, makes them of files. A
+        key is as safe as the way it takes: beyond one machine, that takes TLS. Raises Unauthenticated for one
+        that cannot be sent.
         """
         if not (key.isascii() and key.isprintable()):
             raise Unauthenticated("the key holds characters that no key has")
