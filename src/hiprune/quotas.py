@@ -7,6 +7,7 @@ this process counts for itself: a limit is then one of each process, and a metri
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import math
 import secrets
@@ -27,6 +28,8 @@ BUDGET_S: Final = 0.1
 """Time for one operation in Redis before this process decides alone."""
 REST_S: Final = 2.0
 """For how long a Redis that failed is left alone."""
+MAX_OWED: Final = 4096
+"""Places that are given back to a Redis that was away, once it answers; older ones run out by themselves."""
 BUSY_RETRY_S: Final = 1.0
 """When to come back after too many requests at a time: nobody knows when one of them ends."""
 
@@ -42,6 +45,8 @@ class Quotas:
         self._clock = clock
         self._rests_until = -math.inf
         self._is_down = False
+        self._owed: list[Callable[[Store], Awaitable[None]]] = []
+        self._paying: set[asyncio.Task[None]] = set()
 
     async def open(self, tenant: Tenant, lease_s: float) -> Charge:
         """The charge of one request of a tenant's, within its limits. `lease_s` is the longest it may run.
@@ -55,17 +60,30 @@ class Quotas:
 
     async def close(self) -> None:
         """Closes the connection to Redis."""
+        for task in self._paying:
+            task.cancel()
         if self._shared is not None:
             await self._shared.close()
 
-    async def do(self, work: Callable[[Store], Awaitable[Result]]) -> tuple[Store, Result]:
-        """Does something in the shared store; in this process where there is none, or where it fails."""
+    async def do(
+        self,
+        work: Callable[[Store], Awaitable[Result]],
+        *,
+        undo: Callable[[Store], Awaitable[None]] | None = None,
+    ) -> tuple[Store, Result]:
+        """Does something in the shared store; in this process where there is none, or where it fails.
+
+        A Redis that was paused does what it was sent once it wakes, when nobody waits any more: `undo` is for
+        what would then stay.
+        """
         if self._shared is not None:
             if self._clock() >= self._rests_until:
                 try:
                     async with asyncio.timeout(BUDGET_S):
                         done = await work(self._shared)
                 except Exception as error:
+                    if undo is not None:
+                        self._owe(undo)
                     self._rests_until = self._clock() + REST_S
                     if not self._is_down:
                         log.warning(
@@ -76,18 +94,44 @@ class Quotas:
                 else:
                     if self._is_down:
                         log.info("limits are counted in Redis again")
+                        self._pay()
                     self._is_down = False
                     return self._shared, done
             telemetry.count("hiprune.limits.fallbacks")
         return self._own, await work(self._own)
 
-    async def undo(self, store: Store, work: Callable[[Store], Awaitable[None]]) -> None:
-        """Takes something back where it was done. In a Redis that fails it stays, until its time runs out."""
+    async def undo(
+        self, store: Store, work: Callable[[Store], Awaitable[None]], *, later: bool = False
+    ) -> None:
+        """Takes something back where it was done. In a Redis that fails it stays, until its time runs out.
+
+        Or, with `later`, until it answers again.
+        """
         try:
             async with asyncio.timeout(BUDGET_S):
                 await work(store)
         except Exception as error:
+            if later:
+                self._owe(work)
             log.debug("not given back: %s", type(error).__name__)
+
+    def _owe(self, work: Callable[[Store], Awaitable[None]]) -> None:
+        """Keeps for later what Redis is to take back."""
+        del self._owed[: -MAX_OWED + 1]
+        self._owed.append(work)
+
+    def _pay(self) -> None:
+        """Has Redis take back, behind the request that found it well, what it could not before."""
+        owed, self._owed = self._owed, []
+
+        async def pay(store: Store) -> None:
+            for each in owed:
+                await self.undo(store, each)
+
+        if owed and self._shared is not None:
+            task = asyncio.create_task(pay(self._shared))
+            self._paying.add(task)
+            task.add_done_callback(self._paying.discard)
 
 
 class Charge:
@@ -118,6 +162,7 @@ class TenantCharge(Charge):
     def __init__(self, quotas: Quotas, tenant: Tenant) -> None:
         self._quotas = quotas
         self._tenant = tenant
+        self._account = account_of(tenant.name)
         self._request: _Taken | None = None
         self._tokens: list[_Taken] = []
         self._place: tuple[Store, str] | None = None
@@ -126,9 +171,12 @@ class TenantCharge(Charge):
 
     async def enter(self, lease_s: float) -> None:
         """Takes a place, and counts the request. Raises Exhausted (QUOTA)."""
-        limits, key = self._tenant.limits, f"{self._tenant.name}/concurrency"
+        limits, key = self._tenant.limits, f"{self._account}/concurrency"
         if (most := limits.concurrency) is not None:
-            store, entered = await self._quotas.do(lambda at: at.enter(key, most, self._ticket, lease_s))
+            store, entered = await self._quotas.do(
+                lambda at: at.enter(key, most, self._ticket, lease_s),
+                undo=lambda at: at.leave(key, self._ticket),
+            )
             if not entered:
                 raise self._refusal(
                     "concurrency", f"{most} requests are running, at most {most} may", BUSY_RETRY_S
@@ -166,7 +214,7 @@ class TenantCharge(Charge):
         await self._leave()
 
     async def _take(self, name: str, limit: int, cost: int) -> _Taken:
-        key, at_s = f"{self._tenant.name}/{name}", time.monotonic()
+        key, at_s = f"{self._account}/{name}", time.monotonic()
         if cost > limit:
             raise self._refusal(name, f"{cost} at once, at most {limit} a minute: waiting does not help")
         store, wait_s = await self._quotas.do(lambda at: at.take(key, limit, cost))
@@ -183,13 +231,21 @@ class TenantCharge(Charge):
     async def _leave(self) -> None:
         if self._place is not None:
             (store, key), self._place = self._place, None
-            await self._quotas.undo(store, lambda at: at.leave(key, self._ticket))
+            await self._quotas.undo(store, lambda at: at.leave(key, self._ticket), later=True)
 
     def _refusal(self, name: str, what: str, retry_after_s: float | None = None) -> Exhausted:
         telemetry.count("hiprune.requests.rejected", tenant=self._tenant.name, limit=name)
         return Exhausted(
             f"tenant {self._tenant.name!r}: {name}: {what}", reason="QUOTA", retry_after_s=retry_after_s
         )
+
+
+def account_of(tenant: str) -> str:
+    """What a tenant's counts are kept under: not its name, which is not for whoever looks into a Redis.
+
+    No secret goes in, so who guesses a name can check it; the cache's keys do not tell even that.
+    """
+    return hashlib.sha256(f"hiprune limits 1 {tenant}".encode()).hexdigest()[:32]
 
 
 def _is_ours(error: BaseException | None) -> bool:

@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
+from hiprune import tenants as keys_of
 from hiprune.auth import Limits
 from hiprune.config import ConfigError
 from hiprune.tenants import TenantsWatch, new_key, of_file, parse
@@ -56,6 +57,19 @@ def test_the_file_holds_nothing_of_a_key_but_a_salted_hash():
     assert not any(secret[i : i + 6] in kept for i in range(len(secret) - 6))
     assert entry.salt != new_key(TODAY)[1].salt
     assert not entry.model_copy(update={"salt": "0" * 32}).fits(key)
+
+
+def test_one_key_under_two_salts_leaves_two_hashes_that_show_no_kinship():
+    """So that two stolen files, or two entries of one, do not tell that a key is in both."""
+    key, entry = new_key(TODAY)
+    salts = [f"{number:032x}" for number in range(64)]
+    hashes = [bytes.fromhex(keys_of._digest(key, salt)) for salt in salts]
+    assert len(set(hashes)) == 64
+    assert len({each[:4] for each in hashes}) == len({each[-4:] for each in hashes}) == 64
+    assert all(
+        entry.model_copy(update={"salt": salt, "sha256": hashed.hex()}).fits(key)
+        for salt, hashed in zip(salts, hashes, strict=True)
+    )
 
 
 # --- the file ----------------------------------------------------------------------------------------------
