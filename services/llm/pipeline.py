@@ -15,13 +15,13 @@ from typing import Final, Literal
 
 import torch
 
-from hiprune import telemetry
+from hiprune import auth, telemetry
 from hiprune.checkpoints import Checkpoint
 from hiprune.errors import InvalidInput, NotFound
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
 from services.llm.chat import Chat
 from services.llm.detokenize import Detokenizer
-from services.llm.engines.base import Engine
+from services.llm.engines.base import Engine, Job
 from services.llm.families import Adapter, SplicedPrompt
 from services.llm.flops import TextShape, prefill_flops
 from services.llm.prompts import Limits, Prompt, read_prompt
@@ -99,12 +99,10 @@ class LanguageModel:
         text = Detokenizer(self.chat.backend, request.sampling.stop)
         generated: list[int] = []
         ended = False
-        async with aclosing(
-            self.engine.generate(
-                prompt.embeddings, prompt.positions, request.sampling, budget, request.prompt.token_ids
-            )
-        ) as tokens:
-            async for token in tokens:
+        cached = 0
+        job = Job(prompt, request.prompt.token_ids, request.sampling, budget, auth.current().tenant.name)
+        async with aclosing(self.engine.generate(job)) as steps:
+            async for token, cached in steps:  # noqa: B007  # the last one counts
                 generated.append(token)
                 ended = token in self.engine.end_tokens
                 if not ended and (delta := text.push(token)):
@@ -125,6 +123,7 @@ class LanguageModel:
                 visual_tokens_after=prompt.visual_tokens,
                 prefill_flops_before=prefill_flops(self.shape, before),
                 prefill_flops_after=prefill_flops(self.shape, length),
+                prompt_tokens_cached=cached,
             ),
             timings=clock.to_proto(),
             token_ids=generated,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections import Counter
 from contextlib import aclosing
@@ -23,7 +24,9 @@ from hiprune.checkpoints import CheckpointError
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.v1 import encoder_service_pb2
 from hiprune.v1 import llm_service_pb2 as pb
+from services.llm.engines.base import Job
 from services.llm.engines.transformers import SeededSampler
+from services.llm.families import SplicedPrompt
 from services.llm.pipeline import LanguageModel, Request
 from services.llm.process import load
 from services.llm.sampling import Sampling
@@ -361,10 +364,11 @@ async def test_prefill_and_decode_are_timed(tiny):
 # leaving early
 
 
-def long_prompt(model: LanguageModel):
+def long_job(model: LanguageModel, max_tokens: int) -> Job:
     prompt = asked(model, [user("hello")]).prompt
     embeddings = model.engine.embed(prompt.token_ids)
-    return embeddings, torch.arange(len(embeddings))
+    spliced = SplicedPrompt(embeddings, torch.arange(len(embeddings)), visual_tokens=0)
+    return Job(spliced, (), GREEDY, max_tokens)
 
 
 @pytest.fixture
@@ -380,7 +384,7 @@ async def narrow(tiny_path):
 
 async def test_leaving_early_ends_the_work_at_the_next_token(narrow):
     model, calls = narrow
-    tokens = model.engine.generate(*long_prompt(model), GREEDY, 450)
+    tokens = model.engine.generate(long_job(model, 450))
     seen = 0
     async with aclosing(tokens):
         async for _ in tokens:
@@ -401,7 +405,7 @@ async def test_cancelling_the_reader_ends_the_work_and_frees_the_slot(narrow):
 
     async def read(limit: int) -> int:
         count = 0
-        async with aclosing(model.engine.generate(*long_prompt(model), GREEDY, limit)) as tokens:
+        async with aclosing(model.engine.generate(long_job(model, limit))) as tokens:
             async for _ in tokens:
                 count += 1
                 begun.set()
@@ -420,9 +424,9 @@ async def test_cancelling_the_reader_ends_the_work_and_frees_the_slot(narrow):
 
 async def test_work_that_has_not_begun_when_its_reader_leaves_never_begins(narrow):
     model, calls = narrow
-    first = model.engine.generate(*long_prompt(model), GREEDY, 450)
+    first = model.engine.generate(long_job(model, 450))
     await anext(first)  # holds the only thread
-    second = model.engine.generate(*long_prompt(model), GREEDY, 5)
+    second = model.engine.generate(long_job(model, 5))
     waiting = asyncio.create_task(anext(second))
     await asyncio.sleep(0.01)
     waiting.cancel()
@@ -436,11 +440,12 @@ async def test_work_that_has_not_begun_when_its_reader_leaves_never_begins(narro
 
 async def test_an_error_in_the_model_reaches_the_reader_and_the_slot_is_free_again(narrow):
     model, _ = narrow
-    embeddings, positions = long_prompt(model)
+    job = long_job(model, 5)
+    narrow_rows = dataclasses.replace(job.prompt, embeddings=job.prompt.embeddings[:, :7])
     with pytest.raises(RuntimeError):
-        async for _ in model.engine.generate(embeddings[:, :7], positions, GREEDY, 5):
+        async for _ in model.engine.generate(dataclasses.replace(job, prompt=narrow_rows)):
             pass
-    assert len([token async for token in model.engine.generate(embeddings, positions, GREEDY, 5)]) == 5
+    assert len([step async for step in model.engine.generate(job)]) == 5
 
 
 # draws

@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 
+from services.llm.families import SplicedPrompt
 from services.llm.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One answer to generate."""
+
+    prompt: SplicedPrompt
+    """The whole prompt."""
+    token_ids: Sequence[int]
+    """Tokens in it, placeholders included, for penalties that the model's own settings put on repetition."""
+    sampling: Sampling
+    max_tokens: int
+    """Most tokens of the answer; with the prompt no more than the model's context."""
+    owner: str = ""
+    """Whose request it is: what one owner's prompt leaves in an engine's caches, no other's job finds."""
+
+
+class Step(NamedTuple):
+    """One token of an answer."""
+
+    token: int
+    cached: int = 0
+    """Tokens of the prompt whose keys and values the engine had already."""
 
 
 class Engine(Protocol):
@@ -29,18 +54,9 @@ class Engine(Protocol):
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Input embeddings of tokens, (T, H). Blocks: call it off the event loop."""
 
-    def generate(
-        self,
-        embeddings: torch.Tensor,
-        positions: torch.Tensor,
-        sampling: Sampling,
-        max_tokens: int,
-        prompt_ids: Sequence[int] = (),
-    ) -> AsyncGenerator[int, None]:
+    def generate(self, job: Job) -> AsyncGenerator[Step, None]:
         """Tokens of the answer as they come: at most `max_tokens`, an end token last if there is one.
 
-        `embeddings` (S, H) and `positions`, (S,) or (axes, S), are the whole prompt; `prompt_ids` are the
-        tokens in it, for penalties that the model's own settings put on repetition. The stages `prefill`
-        and `decode` go to the request's clock. Closing the iterator ends the work at the next token, or
-        before the prefill where that has not begun, and returns when it has ended.
+        The stages `prefill` and `decode` go to the request's clock. Closing the iterator ends the work at
+        the next token, or before the prefill where that has not begun, and returns when it has ended.
         """

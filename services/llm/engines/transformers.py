@@ -22,7 +22,8 @@ import torch
 
 from hiprune.loading import load_part
 from hiprune.telemetry import stage
-from services.llm.families import LanguagePart
+from services.llm.engines.base import Job, Step
+from services.llm.families import LanguagePart, SplicedPrompt
 from services.llm.placement import Placement
 from services.llm.sampling import Sampling
 
@@ -57,9 +58,9 @@ class TransformersEngine:
     async def start(self) -> None:
         """Loads the weights and generates two tokens. Raises CheckpointError."""
         await asyncio.to_thread(self._load)
-        prompt = await asyncio.to_thread(self.embed, [0, 0])
-        positions = torch.arange(2, device=self._placement.device)
-        async for _ in self.generate(prompt, positions, Sampling(), 2, [0, 0]):
+        embeddings = await asyncio.to_thread(self.embed, [0, 0])
+        prompt = SplicedPrompt(embeddings, torch.arange(2, device=self._placement.device), visual_tokens=0)
+        async for _ in self.generate(Job(prompt, [0, 0], Sampling(), max_tokens=2)):
             pass
 
     async def stop(self) -> None:
@@ -76,14 +77,7 @@ class TransformersEngine:
         embedded: torch.Tensor = self._model.get_input_embeddings()(ids)
         return embedded
 
-    async def generate(
-        self,
-        embeddings: torch.Tensor,
-        positions: torch.Tensor,
-        sampling: Sampling,
-        max_tokens: int,
-        prompt_ids: Sequence[int] = (),
-    ) -> AsyncGenerator[int, None]:
+    async def generate(self, job: Job) -> AsyncGenerator[Step, None]:
         """See `Engine.generate`."""
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[int | None] = asyncio.Queue()
@@ -92,7 +86,7 @@ class TransformersEngine:
 
         def work() -> None:
             if not stopped.is_set():
-                self._generate(embeddings, positions, sampling, max_tokens, prompt_ids, relay, stopped)
+                self._generate(job, relay, stopped)
 
         def ended(work: asyncio.Future[None]) -> None:
             arrived.put_nowait(None)
@@ -106,7 +100,7 @@ class TransformersEngine:
         self._running.add(stopped)
         try:
             while (token := await arrived.get()) is not None:
-                yield token
+                yield Step(token)
             done.result()
         finally:
             self._running.discard(stopped)
@@ -114,25 +108,17 @@ class TransformersEngine:
             submitted.cancel()  # where it has not begun
             await asyncio.wait({done})
 
-    def _generate(
-        self,
-        embeddings: torch.Tensor,
-        positions: torch.Tensor,
-        sampling: Sampling,
-        max_tokens: int,
-        prompt_ids: Sequence[int],
-        relay: _Relay,
-        stopped: threading.Event,
-    ) -> None:
+    def _generate(self, job: Job, relay: _Relay, stopped: threading.Event) -> None:
         """One answer, in a thread of the pool."""
+        embeddings, positions = job.prompt.embeddings, job.prompt.positions
         settings = copy.deepcopy(self._generation_config)
-        settings.max_new_tokens = max_tokens
+        settings.max_new_tokens = job.max_tokens
         processors: list[Callable[..., torch.Tensor]] = []
-        if prompt_ids and (settings.repetition_penalty or 1.0) != 1.0:
-            processors.append(_PromptPenalty(settings.repetition_penalty, prompt_ids, embeddings.device))
+        if job.token_ids and (settings.repetition_penalty or 1.0) != 1.0:
+            processors.append(_PromptPenalty(settings.repetition_penalty, job.token_ids, embeddings.device))
             settings.repetition_penalty = 1.0
-        if not sampling.greedy:
-            processors.append(SeededSampler(sampling))
+        if not job.sampling.greedy:
+            processors.append(SeededSampler(job.sampling))
         with relay:
             self._model.generate(
                 inputs_embeds=embeddings[None],  # (1, S, H)

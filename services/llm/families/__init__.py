@@ -25,6 +25,8 @@ class SplicedPrompt:
     """(S,) int64, on the same device; families with other positions have (axes, S)."""
     visual_tokens: int
     """Rows among them that stand for media."""
+    media_end: int = 0
+    """Where the last medium's rows end; 0 without media."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +83,11 @@ def splice_rows(
     """Each placeholder gives way to its rows (R, H); positions count on over them, from 0 to S-1."""
     pieces: list[torch.Tensor] = []
     waiting = iter(rows)
-    start = 0
+    start = media_end = 0
     for index, token_id in enumerate(token_ids):
         if token_id in placeholders:
             pieces += [embeddings[start:index], next(waiting)]
+            media_end += len(pieces[-2]) + len(pieces[-1])
             start = index + 1
     pieces.append(embeddings[start:])
     spliced = torch.cat(pieces)  # (S, H)
@@ -92,6 +95,7 @@ def splice_rows(
         embeddings=spliced,
         positions=torch.arange(len(spliced), device=spliced.device),
         visual_tokens=sum(len(each) for each in rows),
+        media_end=media_end,
     )
 
 

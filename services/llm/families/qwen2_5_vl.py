@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -126,11 +127,7 @@ class QwenAdapter:
             kept += [start + index * per_view + view.kept for index, view in enumerate(item.views)]
         positions = self._positions(unpruned, types, media)[:, torch.cat(kept)]  # (3, S)
         spliced = splice_rows(token_ids, embeddings, rows, self._placeholders)
-        return SplicedPrompt(
-            embeddings=spliced.embeddings,
-            positions=positions.to(self._placement.device),
-            visual_tokens=spliced.visual_tokens,
-        )
+        return dataclasses.replace(spliced, positions=positions.to(self._placement.device))
 
     def _positions(
         self, token_ids: Sequence[int], types: Sequence[int], media: Sequence[VisualTokens]

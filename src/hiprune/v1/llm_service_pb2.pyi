@@ -333,6 +333,7 @@ class Usage(_message.Message):
     VISUAL_TOKENS_AFTER_FIELD_NUMBER: _builtins.int
     PREFILL_FLOPS_BEFORE_FIELD_NUMBER: _builtins.int
     PREFILL_FLOPS_AFTER_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_CACHED_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     """Tokens of the prompt as the model saw them, visual tokens included."""
     completion_tokens: _builtins.int
@@ -345,6 +346,10 @@ class Usage(_message.Message):
     """Estimated floating-point operations of the language model's prefill had nothing been pruned."""
     prefill_flops_after: _builtins.float
     """Estimated floating-point operations of the language model's prefill as it was."""
+    prompt_tokens_cached: _builtins.int
+    """Tokens of the prompt that an earlier one of the same tenant began with, so that the engine had their keys
+    and values already; 0 for engines that keep none.
+    """
     def __init__(
         self,
         *,
@@ -354,10 +359,11 @@ class Usage(_message.Message):
         visual_tokens_after: _builtins.int = ...,
         prefill_flops_before: _builtins.float = ...,
         prefill_flops_after: _builtins.float = ...,
+        prompt_tokens_cached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "prefill_flops_after", b"prefill_flops_after", "prefill_flops_before", b"prefill_flops_before", "prompt_tokens", b"prompt_tokens", "visual_tokens_after", b"visual_tokens_after", "visual_tokens_before", b"visual_tokens_before"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "prefill_flops_after", b"prefill_flops_after", "prefill_flops_before", b"prefill_flops_before", "prompt_tokens", b"prompt_tokens", "prompt_tokens_cached", b"prompt_tokens_cached", "visual_tokens_after", b"visual_tokens_after", "visual_tokens_before", b"visual_tokens_before"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
