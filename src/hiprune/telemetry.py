@@ -107,12 +107,20 @@ def start_clock() -> StageClock:
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Times a stage into the request's clock and spans it."""
+    """Times a stage into the request's clock and spans it.
+
+    Of an error the span tells the kind alone: its text may hold a client's words, and whoever reads traces
+    is not to read those.
+    """
     clock = _clock.get()
     started = time.perf_counter()
-    with trace.get_tracer("hiprune").start_as_current_span(name):
+    tracer = trace.get_tracer("hiprune")
+    with tracer.start_as_current_span(name, record_exception=True) as span:
         try:
             yield
+        except Exception as error:
+            span.set_status(trace.Status(trace.StatusCode.ERROR, type(error).__name__))
+            raise
         finally:
             if clock is not None:
                 clock.add(name, time.perf_counter() - started)
