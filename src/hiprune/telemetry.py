@@ -115,7 +115,7 @@ def stage(name: str) -> Iterator[None]:
     clock = _clock.get()
     started = time.perf_counter()
     tracer = trace.get_tracer("hiprune")
-    with tracer.start_as_current_span(name, record_exception=True) as span:
+    with tracer.start_as_current_span(name, record_exception=False, set_status_on_exception=False) as span:
         try:
             yield
         except Exception as error:
