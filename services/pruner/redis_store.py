@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 from redis.exceptions import RedisError, ResponseError
 
 from hiprune import telemetry
-from hiprune.redis_clients import close_client, open_client
+from hiprune.redis_clients import close_client, is_wrong_type, open_client
 from services.pruner.stores import Claims
 
 log = logging.getLogger("hiprune.pruner.stores")
@@ -52,8 +52,13 @@ local function forget(key)
     redis.call('HINCRBY', sizes, '', -held)
   end
 end
--- one half of the books was evicted: they begin anew, and what they forget expires on its own
-if redis.call('HLEN', sizes) ~= redis.call('ZCARD', uses) + 1 then
+local function kind(key)
+  return redis.call('TYPE', key).ok
+end
+-- one half of the books was evicted, or somebody wrote over it: they begin anew, and what they forget expires
+-- on its own
+if kind(uses) ~= 'zset' or kind(sizes) ~= 'hash'
+    or redis.call('HLEN', sizes) ~= redis.call('ZCARD', uses) + 1 then
   redis.call('UNLINK', uses, sizes)
 end
 forget(entry)
@@ -84,6 +89,9 @@ return 1
 _RENEW: Final = """
 return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('PEXPIRE', KEYS[1], ARGV[2]) or 0
 """
+
+_NEVER: Final = -1
+"""What PTTL says of a key that has no time to live."""
 
 _RELEASE: Final = """
 return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1]) or 0
@@ -146,7 +154,7 @@ class RedisStore:
         """
         whole = bytearray()
         for begin in range(0, self._max_value_bytes + CHUNK_BYTES, CHUNK_BYTES):
-            part: bytes | None = await self._read("GETRANGE", key, begin, begin + CHUNK_BYTES - 1)
+            part = await self._part(key, begin)
             if part is None:
                 return None
             if len(part) < CHUNK_BYTES and not whole:
@@ -188,8 +196,11 @@ class RedisStore:
         await self._asked("EVAL", _RELEASE, 1, key, token)
 
     async def is_claimed(self, key: bytes) -> bool | None:
-        """See `Claims`."""
-        return await self._asked("EXISTS", key)
+        """See `Claims`. What never runs out is no claim of ours and would be waited for by all: it goes."""
+        left_ms: int | None = await self._read("PTTL", key)
+        if left_ms == _NEVER:
+            await self.delete(key)
+        return None if left_ms is None else left_ms >= 0
 
     async def close(self) -> None:
         """Ends what is running and closes the connections."""
@@ -213,6 +224,23 @@ class RedisStore:
             await self._redis.execute_command("APPEND", parts, whole[begin : begin + CHUNK_BYTES])
         await self._redis.execute_command("EVAL", _STORE, len(keys) + 1, *keys, parts, *sizes)
         return True
+
+    async def _part(self, key: bytes, begin: int) -> bytes | None:
+        """A chunk of a value; None also for what is no value at all, which goes."""
+
+        async def read() -> bytes:
+            try:
+                end = begin + CHUNK_BYTES - 1
+                part: bytes = await self._redis.execute_command("GETRANGE", key, begin, end)
+            except ResponseError as error:
+                if not is_wrong_type(error):
+                    raise
+                log.warning("a cache key held no value, and was deleted")
+                await self._redis.execute_command("UNLINK", key)
+                return b""
+            return part
+
+        return await self._within(self._timeout_s, read, counts=True)
 
     async def _read(self, *command: Any) -> Any:
         """One command's answer within the short budget, or None."""

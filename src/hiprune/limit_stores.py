@@ -7,18 +7,24 @@ package. Knows keys and numbers; knows no tenant.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from hiprune.config import ConfigError
 
 if TYPE_CHECKING:
     from limits.aio.storage import MemoryStorage, RedisStorage
 
+log = logging.getLogger("hiprune.quotas")
+
 WINDOW_S: Final = 60
 CONNECT_S: Final = 0.1
 MAX_CONNECTIONS: Final = 1024
+
+Result = TypeVar("Result")
 
 _PREFIX: Final = "hiprune:v1:limits"
 
@@ -80,8 +86,8 @@ class Store(Protocol):
     async def enter(self, key: str, limit: int, ticket: str, lease_s: float) -> bool:
         """Whether there was room for one more at a time. Its ticket holds the place, for so long at most."""
 
-    async def leave(self, key: str, ticket: str) -> None:
-        """Gives the place back."""
+    async def leave(self, key: str, *tickets: str) -> None:
+        """Gives places back."""
 
     async def close(self) -> None:
         """Frees connections."""
@@ -120,10 +126,10 @@ class ProcessStore(_Windows):
         inside.add(ticket)
         return True
 
-    async def leave(self, key: str, ticket: str) -> None:
-        """Gives the place back."""
+    async def leave(self, key: str, *tickets: str) -> None:
+        """Gives places back."""
         inside = self._inside.get(key, set())
-        inside.discard(ticket)
+        inside.difference_update(tickets)
         if not inside:
             self._inside.pop(key, None)
 
@@ -155,14 +161,45 @@ class RedisStore(_Windows):
         self._redis = client
         self._enter = client.register_script(_ENTER)
 
+    async def take(self, key: str, limit: int, cost: int) -> float | None:
+        """A counter that is no number begins anew: nothing else would ever mend it."""
+        return await self._mending(
+            lambda: super(RedisStore, self).take(key, limit, cost),
+            lambda: self._storage.clear_sliding_window(key, WINDOW_S),
+        )
+
     async def enter(self, key: str, limit: int, ticket: str, lease_s: float) -> bool:
         """The place is free again after the lease, should nobody give it back."""
         arguments = [limit, ticket, math.ceil(lease_s * 1000)]
-        return bool(await self._enter(keys=[f"{_PREFIX}:{key}"], args=arguments))
+        name = f"{_PREFIX}:{key}"
 
-    async def leave(self, key: str, ticket: str) -> None:
-        """Gives the place back."""
-        await self._redis.zrem(f"{_PREFIX}:{key}", ticket)
+        async def enter() -> bool:
+            return bool(await self._enter(keys=[name], args=arguments))
+
+        return await self._mending(enter, lambda: self._redis.delete(name))
+
+    async def leave(self, key: str, *tickets: str) -> None:
+        """Gives places back."""
+        name = f"{_PREFIX}:{key}"
+        await self._mending(lambda: self._redis.zrem(name, *tickets), lambda: self._redis.delete(name))
+
+    @staticmethod
+    async def _mending(
+        work: Callable[[], Awaitable[Result]], mend: Callable[[], Awaitable[object]]
+    ) -> Result:
+        """The work's answer: at the second try where its key held what none of ours writes there."""
+        from redis.exceptions import ResponseError
+
+        from hiprune.redis_clients import is_wrong_type
+
+        try:
+            return await work()
+        except ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+        log.warning("a limit's counter held no count, and begins anew")
+        await mend()
+        return await work()
 
     async def close(self) -> None:
         """Closes the connections."""

@@ -29,7 +29,7 @@ BUDGET_S: Final = 0.1
 REST_S: Final = 2.0
 """For how long a Redis that failed is left alone."""
 MAX_OWED: Final = 4096
-"""Places that are given back to a Redis that was away, once it answers; older ones run out by themselves."""
+"""Most places of a tenant that are given back to a Redis that was away, once it answers."""
 BUSY_RETRY_S: Final = 1.0
 """When to come back after too many requests at a time: nobody knows when one of them ends."""
 
@@ -45,8 +45,8 @@ class Quotas:
         self._clock = clock
         self._rests_until = -math.inf
         self._is_down = False
-        self._owed: list[Callable[[Store], Awaitable[None]]] = []
-        self._paying: set[asyncio.Task[None]] = set()
+        self._owed: dict[str, set[str]] = {}
+        self._paying = asyncio.Lock()
 
     async def open(self, tenant: Tenant, lease_s: float) -> Charge:
         """The charge of one request of a tenant's, within its limits. `lease_s` is the longest it may run.
@@ -60,30 +60,37 @@ class Quotas:
 
     async def close(self) -> None:
         """Closes the connection to Redis."""
-        for task in self._paying:
-            task.cancel()
         if self._shared is not None:
             await self._shared.close()
 
+    async def enter(self, key: str, limit: int, ticket: str, lease_s: float) -> tuple[Store, bool]:
+        """Whether there was a place, and where it is.
+
+        A Redis that was paused does what it was sent once it wakes, though nobody waits any more: a place
+        that was asked for in vain, or by a client that left, is given back like one that was had.
+        """
+        try:
+            return await self.do(lambda at: at.enter(key, limit, ticket, lease_s), lost=(key, ticket))
+        except asyncio.CancelledError:
+            self._owe(key, ticket)
+            raise
+
     async def do(
-        self,
-        work: Callable[[Store], Awaitable[Result]],
-        *,
-        undo: Callable[[Store], Awaitable[None]] | None = None,
+        self, work: Callable[[Store], Awaitable[Result]], *, lost: tuple[str, str] | None = None
     ) -> tuple[Store, Result]:
         """Does something in the shared store; in this process where there is none, or where it fails.
 
-        A Redis that was paused does what it was sent once it wakes, when nobody waits any more: `undo` is for
-        what would then stay.
+        `lost` is the place that may then be taken there all the same.
         """
         if self._shared is not None:
             if self._clock() >= self._rests_until:
                 try:
                     async with asyncio.timeout(BUDGET_S):
+                        await self._pay(self._shared)
                         done = await work(self._shared)
                 except Exception as error:
-                    if undo is not None:
-                        self._owe(undo)
+                    if lost is not None:
+                        self._owe(*lost)
                     self._rests_until = self._clock() + REST_S
                     if not self._is_down:
                         log.warning(
@@ -94,44 +101,45 @@ class Quotas:
                 else:
                     if self._is_down:
                         log.info("limits are counted in Redis again")
-                        self._pay()
                     self._is_down = False
                     return self._shared, done
             telemetry.count("hiprune.limits.fallbacks")
         return self._own, await work(self._own)
 
-    async def undo(
-        self, store: Store, work: Callable[[Store], Awaitable[None]], *, later: bool = False
-    ) -> None:
-        """Takes something back where it was done. In a Redis that fails it stays, until its time runs out.
-
-        Or, with `later`, until it answers again.
-        """
+    async def undo(self, store: Store, work: Callable[[Store], Awaitable[None]]) -> None:
+        """Takes something back where it was done. In a Redis that fails it stays, until its time runs out."""
         try:
             async with asyncio.timeout(BUDGET_S):
                 await work(store)
         except Exception as error:
-            if later:
-                self._owe(work)
             log.debug("not given back: %s", type(error).__name__)
 
-    def _owe(self, work: Callable[[Store], Awaitable[None]]) -> None:
-        """Keeps for later what Redis is to take back."""
-        del self._owed[: -MAX_OWED + 1]
-        self._owed.append(work)
+    async def leave(self, store: Store, key: str, ticket: str) -> None:
+        """Gives a place back; to a Redis that fails, once it answers again."""
+        try:
+            async with asyncio.timeout(BUDGET_S):
+                await store.leave(key, ticket)
+        except Exception as error:
+            self._owe(key, ticket)
+            log.debug("given back later: %s", type(error).__name__)
 
-    def _pay(self) -> None:
-        """Has Redis take back, behind the request that found it well, what it could not before."""
-        owed, self._owed = self._owed, []
+    def _owe(self, key: str, *tickets: str) -> None:
+        """Remembers places that Redis may hold and nobody has. Beyond a bound they run out by themselves."""
+        owed = self._owed.setdefault(key, set())
+        owed.update(tickets[: max(0, MAX_OWED - len(owed))])
 
-        async def pay(store: Store) -> None:
-            for each in owed:
-                await self.undo(store, each)
-
-        if owed and self._shared is not None:
-            task = asyncio.create_task(pay(self._shared))
-            self._paying.add(task)
-            task.add_done_callback(self._paying.discard)
+    async def _pay(self, store: Store) -> None:
+        """Gives Redis back what it is owed. Who comes meanwhile waits, or would find the places taken."""
+        if not self._owed and not self._paying.locked():
+            return
+        async with self._paying:
+            while self._owed:
+                key, tickets = self._owed.popitem()
+                try:
+                    await store.leave(key, *tickets)
+                except BaseException:
+                    self._owe(key, *tickets)
+                    raise
 
 
 class Charge:
@@ -173,10 +181,7 @@ class TenantCharge(Charge):
         """Takes a place, and counts the request. Raises Exhausted (QUOTA)."""
         limits, key = self._tenant.limits, f"{self._account}/concurrency"
         if (most := limits.concurrency) is not None:
-            store, entered = await self._quotas.do(
-                lambda at: at.enter(key, most, self._ticket, lease_s),
-                undo=lambda at: at.leave(key, self._ticket),
-            )
+            store, entered = await self._quotas.enter(key, most, self._ticket, lease_s)
             if not entered:
                 raise self._refusal(
                     "concurrency", f"{most} requests are running, at most {most} may", BUSY_RETRY_S
@@ -231,7 +236,7 @@ class TenantCharge(Charge):
     async def _leave(self) -> None:
         if self._place is not None:
             (store, key), self._place = self._place, None
-            await self._quotas.undo(store, lambda at: at.leave(key, self._ticket), later=True)
+            await self._quotas.leave(store, key, self._ticket)
 
     def _refusal(self, name: str, what: str, retry_after_s: float | None = None) -> Exhausted:
         telemetry.count("hiprune.requests.rejected", tenant=self._tenant.name, limit=name)

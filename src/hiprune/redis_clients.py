@@ -20,6 +20,7 @@ from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
+from redis.exceptions import ResponseError
 
 RedisClient: TypeAlias = redis.Redis | RedisCluster
 
@@ -89,6 +90,14 @@ async def close_client(client: RedisClient) -> None:
         await pool.disconnect()
         if (sentinels := getattr(pool, "sentinel_manager", None)) is not None:
             await sentinels.aclose()
+
+
+def is_wrong_type(error: ResponseError) -> bool:
+    """Whether Redis is well, and a key holds something that none of ours would write there.
+
+    Not so where it refuses for a reason of its own: its memory is full, it loads, it is a replica.
+    """
+    return any(said in str(error) for said in ("WRONGTYPE", "not an integer", "not a valid float"))
 
 
 def _kind(url: str) -> tuple[str, str]:

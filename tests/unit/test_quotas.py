@@ -10,6 +10,7 @@ import signal
 
 import hypothesis
 import pytest
+import redis.asyncio
 from hypothesis import strategies as st
 
 from hiprune import limit_stores, quotas
@@ -250,3 +251,45 @@ async def test_with_redis_down_this_process_counts_for_itself_and_says_so_once(s
                     await books.do(lambda store: store.enter(fresh(), 1, "x", LEASE_S))
                     now[0] += quotas.REST_S
     await books.close()
+
+
+async def test_places_taken_in_a_redis_that_slept_are_given_back_when_it_wakes(start_redis):
+    url, process = start_redis()
+    now = [0.0]
+    books = Quotas(RedisStore(url), clock=lambda: now[0])
+    acme = tenant(concurrency=2)
+    before = await books.open(acme, LEASE_S)
+    process.send_signal(signal.SIGSTOP)
+    # sent on the connection that is there: Redis does it once it wakes, and nobody knows
+    during = await books.open(acme, LEASE_S)
+    await before.settle()
+    await during.settle()
+    process.send_signal(signal.SIGCONT)
+    now[0] += quotas.REST_S
+    await (await books.open(acme, LEASE_S)).settle()
+    async with redis.asyncio.Redis.from_url(url) as inside, asyncio.timeout(10):
+        while await inside.keys():  # noqa: ASYNC110  # in another process
+            await asyncio.sleep(0.01)
+    await books.close()
+
+
+@pytest.mark.parametrize("rubbish", ["list", "text"])
+async def test_a_counter_that_somebody_wrote_over_begins_anew(redis_server, rubbish):
+    store, key = RedisStore(redis_server), fresh()
+    async with redis.asyncio.Redis.from_url(redis_server) as inside:
+
+        async def spoil() -> None:
+            for name in await inside.keys(f"*{key}*"):
+                await inside.delete(name)
+                await (inside.rpush(name, "rubbish") if rubbish == "list" else inside.set(name, "rubbish"))
+
+        assert await store.take(key, 2, 2) is None
+        await spoil()
+        assert [await store.take(key, 2, 1) is None for _ in range(3)] == [True, True, False]
+        assert await store.enter(f"{key}/places", 1, "one", LEASE_S)
+        await spoil()
+        assert await store.enter(f"{key}/places", 1, "two", LEASE_S)
+        assert not await store.enter(f"{key}/places", 1, "three", LEASE_S)
+        await spoil()
+        await store.leave(f"{key}/places", "two")
+    await store.close()

@@ -239,6 +239,28 @@ async def test_books_that_were_evicted_begin_anew_and_are_right_again(connect, r
     assert len([key async for key in inside.scan_iter(match=whose + b":e:*")]) == 10
 
 
+@pytest.mark.parametrize("half", [b":uses", b":sizes"])
+async def test_books_that_somebody_wrote_over_begin_anew_and_are_right_again(
+    connect, redis_server, inside, half
+):
+    store, whose = connect(redis_server, share_bytes=1000), owner(f"rubbish {half!r}")
+    assert await store.put(key_of(whose, 0), bytes(100), owner=whose)
+    await inside.set(whose + half, b"rubbish")
+    assert await store.put(key_of(whose, 1), bytes(100), owner=whose)
+    assert await books(inside, whose) == (100, {key_of(whose, 1): 100})
+
+
+async def test_what_is_no_value_is_a_miss_goes_and_says_nothing_against_redis(connect, redis_server, inside):
+    store, whose = connect(redis_server), owner("no value")
+    assert await store.put(key_of(whose, "good"), b"v", owner=whose)
+    for number in range(2 * RedisStore.FAILURES_TO_OPEN):
+        await inside.rpush(key_of(whose, number), b"rubbish")
+    for number in range(2 * RedisStore.FAILURES_TO_OPEN):
+        assert await store.get(key_of(whose, number)) is None
+        assert not await inside.exists(key_of(whose, number))
+    assert await store.get(key_of(whose, "good")) == b"v"
+
+
 async def test_books_end_with_the_last_entry(connect, redis_server, inside):
     store, whose = connect(redis_server, ttl_s=50), owner("end")
     assert await store.put(key_of(whose, "k"), b"v", owner=whose)
@@ -274,6 +296,14 @@ async def test_a_claim_is_one_holders_until_it_is_given_up_or_forgotten(connect,
     assert await other.claim(key, b"other", 20) is True
     assert await one.renew(key, b"one", 20) is False
     await other.release(key, b"other")
+
+
+async def test_a_claim_that_never_runs_out_is_nobodys(connect, redis_server, inside):
+    store, key = connect(redis_server), b"hiprune:v1:rubbish:l:1"
+    await inside.set(key, b"rubbish")
+    assert await store.claim(key, b"token", 10) is False
+    assert await store.is_claimed(key) is False
+    assert await store.claim(key, b"token", 10) is True
 
 
 async def test_a_redis_that_is_gone_says_nothing_of_claims(connect, tmp_path):
@@ -316,7 +346,7 @@ async def test_tls_is_spoken_where_the_url_says_so_and_the_server_proves_who_it_
 
 
 ACL = (
-    "on >sesame ~hiprune:v1:* +get +getrange +set +append +unlink +exists +eval +rename +expire +pexpire "
+    "on >sesame ~hiprune:v1:* +get +getrange +set +append +unlink +pttl +type +eval +rename +expire +pexpire "
     "+del +hget +hset +hdel +hlen +hincrby +zadd +zrange +zrem +zcard +time +object"
 )
 
