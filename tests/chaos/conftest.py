@@ -1,0 +1,115 @@
+"""Fixtures of the chaos tests: one stack that they all hurt and that must be well again after each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from typer.testing import CliRunner
+
+from hiprune import cli
+from hiprune.client import Client
+from hiprune.stack import SERVICES, Stack
+from tests.chaos.load import CLIENTS, Judge, Load, Tally, asks
+
+COUNTS: list[tuple[str, str]] = []
+"""What each test counted, for the end of the run."""
+
+QUEUE = 16
+"""Requests that may wait for the language model."""
+CONCURRENCY = CLIENTS + 2
+"""What the tenant `load` may have running at a time: a place that is not given back is soon missed."""
+
+
+@dataclass
+class House:
+    """A running stack, its tenants' keys, and the right answers."""
+
+    stack: Stack
+    keys: dict[str, str]
+    judge: Judge
+
+    def client(self, tenant: str = "load", timeout_s: float = 10) -> Client:
+        """One client."""
+        return Client(self.stack.address, key=self.keys[tenant], timeout_s=timeout_s)
+
+    def redis(self) -> redis.Redis:
+        """The stack's Redis, past everything."""
+        return redis.Redis(unix_socket_path=self.stack.redis_url.removeprefix("unix://"))
+
+    def logged(self, service: str, text: str) -> int:
+        """How often a service has said something."""
+        return self.stack.log_of(service).count(text)
+
+    async def restart(self, name: str) -> None:
+        """Starts an ended service as a supervisor would: again, at the same address."""
+        self.stack.start_service(name)
+        await asyncio.to_thread(self.stack.wait_ready, name)
+
+
+@pytest.fixture(scope="package")
+def tenants(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A tenants file and its keys: `load` has limits that are counted, `crowd` has none."""
+    file = tmp_path_factory.mktemp("tenants") / "tenants.yaml"
+    limits = {
+        "load": f"--requests-per-minute 1000000 --tokens-per-minute 1000000000 --concurrency {CONCURRENCY}",
+        "crowd": "",
+    }
+    keys = {}
+    for name, said in limits.items():
+        result = CliRunner().invoke(cli.app, ["tenant", "add", name, *said.split(), "--file", str(file)])
+        assert result.exit_code == 0, result.output
+        keys[name] = result.stdout.strip()
+    return file, keys
+
+
+@pytest.fixture(scope="package")
+async def house(tenants: tuple[Path, dict[str, str]]) -> AsyncIterator[House]:
+    """Redis and the three services on Unix sockets, and what they answer while all is well."""
+    file, keys = tenants
+    environ = {
+        "HIPRUNE_LLM_TENANTS": str(file),
+        "HIPRUNE_PRUNER_TENANTS": str(file),
+        "HIPRUNE_LLM_MAX_QUEUE": str(QUEUE),
+    }
+    with Stack(environ=environ) as stack:
+        async with Client(stack.address, key=keys["load"]) as client:
+            judge = await Judge.of(client, asks())
+        yield House(stack, keys, judge)
+        assert set(stack.processes) == {"redis", *SERVICES}
+
+
+@pytest.fixture
+def make_load(request: pytest.FixtureRequest, house: House) -> Iterator[Callable[..., Load]]:
+    """Starts clients, by default of the tenant `load`: `async with make_load() as load: …`.
+
+    What they count is printed, kept for the end of the run, and held against the promise.
+    """
+    made: list[Load] = []
+
+    def make(address: str = "", tenant: str = "load", **options: Any) -> Load:
+        made.append(Load(address or house.stack.address, house.judge, key=house.keys[tenant], **options))
+        return made[-1]
+
+    yield make
+    whole = sum((load.tally for load in made), Tally())
+    print(f"\n{whole}")
+    COUNTS.append((request.node.name, str(whole)))
+    assert not whole.wrong, whole.wrong[:3]
+    assert not whole.other, whole.other[:3]
+    assert not whole.late, whole.late[:3]
+    assert not whole.hung
+    assert whole.right
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The counts of all tests, where a reader finds them."""
+    if COUNTS:
+        terminalreporter.section("requests under faults")
+        for name, counted in COUNTS:
+            terminalreporter.write_line(f"{name.removeprefix('test_').replace('_', ' ')}: {counted}")
