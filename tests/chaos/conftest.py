@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,14 @@ from typer.testing import CliRunner
 from hiprune import cli
 from hiprune.client import Client
 from hiprune.stack import SERVICES, Stack
-from tests.chaos.load import CLIENTS, Judge, Load, Tally, asks
+from hiprune.v1 import pruner_service_pb2 as pb
+from tests.chaos.load import CLIENTS, Ask, Judge, Load, Tally, asks
 
 COUNTS: list[tuple[str, str]] = []
 """What each test counted, for the end of the run."""
 
+SLOTS = 4
+"""Answers at a time: the default of the language model's service."""
 QUEUE = 16
 """Requests that may wait for the language model."""
 CONCURRENCY = CLIENTS + 2
@@ -50,6 +55,32 @@ class House:
         """Starts an ended service as a supervisor would: again, at the same address."""
         self.stack.start_service(name)
         await asyncio.to_thread(self.stack.wait_ready, name)
+
+    async def warm(self) -> None:
+        """Returns when the cache holds everything that the clients ask again and again."""
+        async with self.client("crowd") as client, asyncio.timeout(60):
+
+            async def keep(ask: Ask) -> None:
+                while (await ask.of(client)).report.media[0].cache != pb.CACHE_STATUS_PRUNED_HIT:
+                    pass
+
+            for first in range(0, len(self.judge.asks), SLOTS):
+                await asyncio.gather(*map(keep, self.judge.asks[first : first + SLOTS]))
+
+    def encoding(self) -> int:
+        """How many pictures the pruner waits for, by the claims that it has on them."""
+        with self.redis() as server:
+            return sum(b":l:" in key for key in server.scan_iter(count=10_000))
+
+    @contextmanager
+    def stopped(self, name: str) -> Iterator[None]:
+        """A process that stands still, alive; it goes on at the end."""
+        process = self.stack.processes[name]
+        process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGCONT)
 
 
 @pytest.fixture(scope="package")
