@@ -93,6 +93,9 @@ class ServiceSettings(BaseModel):
     @field_validator("listen")
     @classmethod
     def _port_exists(cls, listen: str) -> str:
+        if listen.startswith("unix-abstract:"):
+            # such a socket has no file, so no permissions: everybody on the machine would count as a service
+            raise ValueError("HOST:PORT or unix:PATH")
         if not listen.startswith("unix:") and int(listen.rpartition(":")[2]) > 65_535:
             raise ValueError("a port up to 65535")  # gRPC would take the lower 16 bits and say nothing
         return listen
@@ -157,6 +160,8 @@ class ServiceSettings(BaseModel):
             is_switch = field.annotation is bool
             shown = default if str(default) else "empty"
             text = f"{field.description} [{cls.env_prefix}{name.upper()}; default: {shown}]"
+            if field.annotation is SecretStr:
+                text += "; better in the variable: a flag is seen by every user of the machine"
             parser.add_argument(
                 f"--{name.replace('_', '-')}",
                 default=argparse.SUPPRESS,

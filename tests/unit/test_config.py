@@ -128,6 +128,18 @@ def test_redis_without_a_secret_is_refused():
     assert Settings.read(["--cache=redis", f"--cache-secret={SECRET}"], {}).cache == "redis"
 
 
+def test_an_abstract_socket_which_anybody_may_open_is_refused():
+    with pytest.raises(ConfigError, match="got 'unix-abstract:hiprune:1', expected: HOST:PORT or unix:PATH"):
+        Settings.read(["--listen", "unix-abstract:hiprune:1"], {})
+
+
+def test_help_says_where_a_secret_is_better_kept(capsys):
+    with pytest.raises(SystemExit):
+        Settings.read(["--help"], {})
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("a flag is seen by every user of the machine") == 4
+
+
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.service)
 def test_strangers_are_served_only_by_consent(kind):
     for listen in ("0.0.0.0:50051", "[::]:50051", "10.1.2.3:50051", "encoder.internal:50051"):
