@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
 from hiprune import auth, deadlines, quotas
-from hiprune.auth import Arrival, Caller, Rules
+from hiprune.auth import ANONYMOUS_TENANT, Arrival, Caller, Rules
 from hiprune.config import ServiceSettings
 from hiprune.limit_stores import RedisStore
 from hiprune.quotas import Charge, Quotas
 from hiprune.tenants import TenantsWatch
+
+log = logging.getLogger("hiprune.door")
 
 LEASE_MARGIN_S: Final = 5.0
 """What a place among the requests at a time is held for beyond the deadline, should nobody give it back."""
@@ -41,9 +44,16 @@ class Door:
     def of(cls, settings: ServiceSettings) -> Door:
         """The door that the settings describe. Raises ConfigError, for a tenants file that is broken too."""
         url = settings.limits_redis_url.get_secret_value()
+        accounts = TenantsWatch(Path(settings.tenants)) if settings.tenants else None
+        if accounts is not None and settings.allow_anonymous and accounts.named(ANONYMOUS_TENANT) is None:
+            log.warning(
+                "tenants, and allow_anonymous: who brings no key has no limits, as %s has no tenant %r",
+                settings.tenants,
+                ANONYMOUS_TENANT,
+            )
         return cls(
             Rules(
-                accounts=TenantsWatch(Path(settings.tenants)) if settings.tenants else None,
+                accounts=accounts,
                 peer_token=settings.peer_token.get_secret_value(),
                 allow_anonymous=settings.allow_anonymous,
                 peers_only=settings.peers_only,

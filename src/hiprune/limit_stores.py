@@ -7,6 +7,7 @@ package. Knows keys and numbers; knows no tenant.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable
@@ -80,8 +81,11 @@ class Store(Protocol):
     async def take(self, key: str, limit: int, cost: int) -> float | None:
         """None once `cost` is counted; where it does not fit, the seconds until it does."""
 
+    async def wait_s(self, key: str, limit: int, cost: int) -> float:
+        """Seconds until `cost` would fit; 0 where it does. Counts nothing."""
+
     async def give_back(self, key: str, limit: int, cost: int) -> None:
-        """Uncounts what was taken less than a window ago."""
+        """Uncounts what was taken less than a window ago, as far as this window holds as much."""
 
     async def enter(self, key: str, limit: int, ticket: str, lease_s: float) -> bool:
         """Whether there was room for one more at a time. Its ticket holds the place, for so long at most."""
@@ -98,15 +102,23 @@ class _Windows:
 
     def __init__(self, storage: MemoryStorage | RedisStorage) -> None:
         self._storage = storage
+        self._giving = asyncio.Lock()
 
     async def take(self, key: str, limit: int, cost: int) -> float | None:
         if await self._storage.acquire_sliding_window_entry(key, limit, WINDOW_S, cost):
             return None
+        return await self.wait_s(key, limit, cost)
+
+    async def wait_s(self, key: str, limit: int, cost: int) -> float:
         return Window(*await self._storage.get_sliding_window(key, WINDOW_S)).free_in_s(limit, cost)
 
     async def give_back(self, key: str, limit: int, cost: int) -> None:
-        # into this window, also what was taken in the one before: the difference is gone with this one
-        await self._storage.acquire_sliding_window_entry(key, limit, WINDOW_S, -cost)
+        # what was taken in the window before fades by itself: given back here it would become credit, which
+        # adds up from one turn of the minute to the next
+        async with self._giving:
+            window = Window(*await self._storage.get_sliding_window(key, WINDOW_S))
+            if (back := min(cost, window.current)) > 0:
+                await self._storage.acquire_sliding_window_entry(key, limit, WINDOW_S, -back)
 
 
 class ProcessStore(_Windows):
@@ -165,6 +177,13 @@ class RedisStore(_Windows):
         """A counter that is no number begins anew: nothing else would ever mend it."""
         return await self._mending(
             lambda: super(RedisStore, self).take(key, limit, cost),
+            lambda: self._storage.clear_sliding_window(key, WINDOW_S),
+        )
+
+    async def wait_s(self, key: str, limit: int, cost: int) -> float:
+        """As `take`."""
+        return await self._mending(
+            lambda: super(RedisStore, self).wait_s(key, limit, cost),
             lambda: self._storage.clear_sliding_window(key, WINDOW_S),
         )
 

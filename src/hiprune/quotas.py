@@ -19,7 +19,7 @@ from typing import Final, TypeVar
 
 from hiprune import telemetry
 from hiprune.auth import Tenant
-from hiprune.errors import Exhausted, HipruneError, Internal, Unavailable
+from hiprune.errors import Exhausted, Expired, HipruneError, Internal, Unavailable
 from hiprune.limit_stores import WINDOW_S, ProcessStore, Store
 
 log = logging.getLogger("hiprune.quotas")
@@ -187,12 +187,14 @@ class TenantCharge(Charge):
                     "concurrency", f"{most} requests are running, at most {most} may", BUSY_RETRY_S
                 )
             self._place = store, key
-        if limits.requests_per_minute is not None:
-            try:
-                self._request = await self._take("requests_per_minute", limits.requests_per_minute, 1)
-            except BaseException:
-                await self._leave()
-                raise
+        try:
+            if (most := limits.requests_per_minute) is not None:
+                self._request = await self._take("requests_per_minute", most, 1)
+            if (most := limits.tokens_per_minute) is not None:
+                await self._expect_room(most)
+        except BaseException:
+            await self._leave()
+            raise
 
     async def reserve(self, kept: int, before: int) -> None:
         """Counts visual tokens, once it is known how many are kept. Raises Exhausted (QUOTA)."""
@@ -206,14 +208,16 @@ class TenantCharge(Charge):
         self._stays = True
 
     async def settle(self, error: BaseException | None = None) -> None:
-        """Gives tokens back if nothing was generated.
+        """Gives tokens back if nothing was generated, unless the client left or its time ran out.
 
-        The request itself still counts, or clients could send for nothing what is refused, or leave before
-        they are answered; unless it is the service's doing that there was no answer.
+        By then its image may have been encoded and its prompt read, and who leaves each time before the first
+        word would have that for nothing. The request itself counts also when it is refused; unless it is the
+        service's doing that there was no answer.
         """
         if not self._stays:
-            for each in self._tokens:
-                await self._give_back(each)
+            if isinstance(error, Exception) and not isinstance(error, Expired):
+                for each in self._tokens:
+                    await self._give_back(each)
             if self._request is not None and _is_ours(error):
                 await self._give_back(self._request)
         await self._leave()
@@ -228,6 +232,15 @@ class TenantCharge(Charge):
                 name, f"at most {limit} a minute, and {cost} more only in {wait_s:.1f} s", wait_s
             )
         return _Taken(store, key, limit, cost, at_s)
+
+    async def _expect_room(self, limit: int) -> None:
+        """Refuses a request whose first token would not fit, before an image is encoded for it."""
+        key = f"{self._account}/tokens_per_minute"
+        _, wait_s = await self._quotas.do(lambda at: at.wait_s(key, limit, 1))
+        if wait_s > 0:
+            raise self._refusal(
+                "tokens_per_minute", f"at most {limit} a minute, and 1 more only in {wait_s:.1f} s", wait_s
+            )
 
     async def _give_back(self, taken: _Taken) -> None:
         if time.monotonic() - taken.at_s < WINDOW_S:  # what is older has faded by itself

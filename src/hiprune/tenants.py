@@ -279,7 +279,7 @@ def _explain(problem: Any, lines: Mapping[tuple[str, ...], int], where: str) -> 
 
 # --- a file that changes -----------------------------------------------------------------------------------
 
-Stamp: TypeAlias = tuple[int, int, int]
+Stamp: TypeAlias = tuple[int, ...]
 
 
 class TenantsWatch:
@@ -306,14 +306,17 @@ class TenantsWatch:
         """Looks at the file now and then, for ever."""
         while True:
             await sleep(POLL_S)
-            await asyncio.to_thread(self.look)
+            try:
+                await asyncio.to_thread(self.look)
+            except Exception:  # whatever it is, a key that is removed later must still go
+                log.exception("the tenants stay as they were, as the file could not be looked at")
 
     def look(self) -> None:
         """Takes over what the file says now; keeps what it said last where that cannot be read. Blocks."""
         try:
             stamp = _stamp_of(self._path.stat())
         except OSError:
-            stamp = (0, 0, 0)
+            stamp = ()
         if stamp == self._stamp:
             return
         self._stamp = stamp  # said once for each state of the file, good or bad
@@ -347,5 +350,6 @@ class TenantsWatch:
 
 
 def _stamp_of(status: os.stat_result) -> Stamp:
-    """What tells one state of a file from another: a write changes the first, a replacement the last."""
-    return status.st_mtime_ns, status.st_size, status.st_ino
+    """What tells one state of a file from another: a write, a replacement, and who may read it, which decides
+    whether it is taken."""
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino, status.st_mode

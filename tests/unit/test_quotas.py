@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hiprune import limit_stores, quotas
 from hiprune.auth import Limits, Tenant
 from hiprune.config import ConfigError
-from hiprune.errors import Exhausted, Internal, InvalidInput, Unavailable
+from hiprune.errors import Exhausted, Expired, Internal, InvalidInput, Unavailable
 from hiprune.limit_stores import WINDOW_S, ProcessStore, RedisStore, Window
 from hiprune.quotas import Charge, Quotas
 
@@ -93,6 +93,21 @@ async def test_what_is_given_back_can_be_taken_again(store):
         assert await store.take(key, 10, 8) is None
         assert await store.take(key, 10, 8) is not None
         await store.give_back(key, 10, 8)
+
+
+async def test_what_is_given_back_never_becomes_credit(store):
+    key = fresh()
+    assert await store.take(key, 10, 3) is None
+    await asyncio.gather(*(store.give_back(key, 10, 8) for _ in range(3)))
+    assert await store.take(key, 10, 10) is None
+    assert await store.take(key, 10, 1) is not None
+
+
+async def test_whether_there_is_room_is_told_without_counting(store):
+    key = fresh()
+    assert [await store.wait_s(key, 2, 2) for _ in range(3)] == [0, 0, 0]
+    assert await store.take(key, 2, 2) is None
+    assert 0 < await store.wait_s(key, 2, 1) <= 2 * WINDOW_S
 
 
 async def test_so_many_are_inside_and_a_place_that_is_left_is_free(store):
@@ -183,7 +198,8 @@ async def test_a_refused_request_holds_no_place_and_costs_nothing():
         (None, True, 1, 20),
         (InvalidInput("no"), False, 1, 100),
         (Exhausted("tokens", reason="QUOTA"), False, 1, 100),
-        (asyncio.CancelledError(), False, 1, 100),
+        (asyncio.CancelledError(), False, 1, 20),
+        (Expired("late"), False, 1, 20),
         (Exhausted("queue"), False, 2, 100),
         (Unavailable("gone"), False, 2, 100),
         (Internal("oh"), False, 2, 100),
@@ -192,7 +208,7 @@ async def test_a_refused_request_holds_no_place_and_costs_nothing():
         (asyncio.CancelledError(), True, 1, 20),
     ],
 )
-async def test_tokens_come_back_if_nothing_was_generated_and_requests_if_the_service_failed(
+async def test_tokens_come_back_unless_the_client_left_and_requests_if_the_service_failed(
     error, kept, requests_left, tokens_left
 ):
     books, acme = Quotas(), tenant(requests_per_minute=2, tokens_per_minute=100)
@@ -209,6 +225,21 @@ async def test_tokens_come_back_if_nothing_was_generated_and_requests_if_the_ser
     await opened[0].reserve(tokens_left, 200)
     with pytest.raises(Exhausted, match="tokens_per_minute"):
         await opened[0].reserve(1, 1)
+
+
+async def test_who_has_no_token_left_is_refused_before_an_image_is_encoded():
+    books, acme = Quotas(), tenant(tokens_per_minute=100, concurrency=1)
+    charge = await books.open(acme, LEASE_S)
+    await charge.reserve(100, 200)
+    charge.keep()
+    await charge.settle()
+    with pytest.raises(
+        Exhausted, match="tokens_per_minute: at most 100 a minute, and 1 more only in"
+    ) as refused:
+        await books.open(acme, LEASE_S)
+    assert refused.value.retry_after_s > 0
+    with pytest.raises(Exhausted, match="tokens_per_minute"):  # and holds no place
+        await books.open(acme, LEASE_S)
 
 
 async def test_without_limits_nothing_is_counted_and_a_free_charge_charges_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from datetime import date
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from hiprune import tenants as keys_of
 from hiprune.auth import Limits
-from hiprune.config import ConfigError
+from hiprune.config import ConfigError, ServiceSettings
+from hiprune.door import Door
 from hiprune.tenants import TenantsWatch, new_key, of_file, parse
 from hiprune.v1 import pruner_service_pb2 as pb
 
@@ -237,6 +239,48 @@ def test_a_file_that_breaks_leaves_the_last_good_one_in_force_and_says_so_once(f
     file.write("tenants: {}\n")
     watch.look()
     assert watch.of_key(key) is None
+
+
+def test_permissions_that_are_put_right_are_noticed_as_a_write_is(file):
+    old, entry = new_key(TODAY)
+    file.write(text_of(acme=entry))
+    watch = TenantsWatch(file.path)
+    new, entry = new_key(TODAY)
+    file.write(text_of(acme=entry))
+    file.path.chmod(0o644)
+    watch.look()
+    assert watch.of_key(old) is not None
+    file.path.chmod(0o640)  # as the log says
+    watch.look()
+    assert watch.of_key(old) is None
+    assert watch.of_key(new).name == "acme"
+
+
+@pytest.mark.parametrize(
+    ("content", "warned"), [("tenants: {}\n", True), ("tenants: {anonymous: {}}\n", False)]
+)
+def test_strangers_without_limits_beside_tenants_are_warned_of(file, content, warned, caplog):
+    file.write(content)
+    Door.of(ServiceSettings(tenants=str(file.path), allow_anonymous=True))
+    assert ("who brings no key has no limits" in caplog.text) is warned
+
+
+async def test_a_look_that_fails_in_an_unknown_way_is_not_the_last(file, monkeypatch, caplog):
+    file.write("tenants: {}\n")
+    watch, looks = TenantsWatch(file.path), []
+
+    def look() -> None:
+        looks.append(1)
+        raise RuntimeError("who knows")
+
+    async def sleep(_: float) -> None:
+        if len(looks) == 2:
+            raise asyncio.CancelledError
+
+    monkeypatch.setattr(watch, "look", look)
+    with pytest.raises(asyncio.CancelledError):
+        await watch.watch(sleep)
+    assert caplog.text.count("could not be looked at") == 2
 
 
 def test_the_line_and_field_of_a_reload_that_fails_are_in_the_log(file, caplog):
