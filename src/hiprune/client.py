@@ -34,6 +34,12 @@ CACHE_WORDS: Final = {
 }
 """What people call each level of the cache: "miss", "encoded hit", "pruned hit"."""
 
+_PING_MS: Final = 10_000
+"""How long nothing may be heard on a connection before it is asked whether anybody is there. Above what
+`hiprune.server` allows."""
+_PONG_MS: Final = 10_000
+"""Time for the answer: then the connection is given up, its calls are UNAVAILABLE, and a new one is made."""
+
 _SERVICE_CONFIG: Final = json.dumps(
     {
         "loadBalancingConfig": [{"round_robin": {}}],
@@ -76,6 +82,12 @@ def connect(
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2000),
+        # a machine that is gone says nothing: without these, calls would go on into the void for minutes
+        ("grpc.keepalive_time_ms", _PING_MS),
+        ("grpc.keepalive_timeout_ms", _PONG_MS),
+        ("grpc.http2.ping_timeout_ms", _PONG_MS),  # of whichever ping is on its way by then; else a minute
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
     ]
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options)

@@ -36,6 +36,13 @@ LIVENESS: Final = "liveness"
 _HEALTH: Final = "grpc.health.v1.Health"
 
 
+_LEAST_PING_MS: Final = 5_000
+"""Who asks more often whether we are there is sent away: gRPC's own bound is five minutes."""
+_PING_MS: Final = 30_000
+_PONG_MS: Final = 10_000
+"""When a client of whom nothing is heard is asked for a sign, and when it counts as gone."""
+
+
 class Service(Protocol):
     """What a service gives `run`: servicers, and what it takes to be ready and to leave."""
 
@@ -90,6 +97,12 @@ async def run(settings: ServiceSettings, service: Service) -> None:
             ("grpc.max_connection_age_ms", settings.max_connection_age_ms),
             ("grpc.max_connection_age_grace_ms", max(settings.default_deadline_ms, settings.drain_ms)),
             ("grpc.so_reuseport", 0),
+            # clients ask whether we are there, and we whether they are: see `hiprune.client.connect`
+            ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_MS),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.keepalive_time_ms", _PING_MS),
+            ("grpc.keepalive_timeout_ms", _PONG_MS),
+            ("grpc.http2.ping_timeout_ms", _PONG_MS),
         ],
     )
     health = Health()

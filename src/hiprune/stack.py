@@ -126,6 +126,10 @@ class Stack:
         for service in SERVICES:
             self.wait_ready(service)
 
+    def set_environ(self, **environ: str) -> None:
+        """Changes what services are started with from now on."""
+        self._environ.update(environ)
+
     def start_redis(self) -> None:
         """Starts a private Redis: on a Unix socket, nothing on disk, least recently used entries go first."""
         server = find_redis()

@@ -115,20 +115,29 @@ async def house(tenants: tuple[Path, dict[str, str]]) -> AsyncIterator[House]:
         assert set(stack.processes) == {"redis", *SERVICES}
 
 
+class Counting:
+    """The clients of one test."""
+
+    def __init__(self) -> None:
+        self._loads: list[Load] = []
+
+    def add(self, load: Load) -> Load:
+        """Counts what these clients count."""
+        self._loads.append(load)
+        return load
+
+    @property
+    def tally(self) -> Tally:
+        """All their requests."""
+        return sum((load.tally for load in self._loads), Tally())
+
+
 @pytest.fixture
-def make_load(request: pytest.FixtureRequest, house: House) -> Iterator[Callable[..., Load]]:
-    """Starts clients, by default of the tenant `load`: `async with make_load() as load: …`.
-
-    What they count is printed, kept for the end of the run, and held against the promise.
-    """
-    made: list[Load] = []
-
-    def make(address: str = "", tenant: str = "load", **options: Any) -> Load:
-        made.append(Load(address or house.stack.address, house.judge, key=house.keys[tenant], **options))
-        return made[-1]
-
-    yield make
-    whole = sum((load.tally for load in made), Tally())
+def counting(request: pytest.FixtureRequest) -> Iterator[Counting]:
+    """What a test's clients count is printed, kept for the end of the run, and held against the promise."""
+    made = Counting()
+    yield made
+    whole = made.tally
     print(f"\n{whole}")
     COUNTS.append((request.node.name, str(whole)))
     assert not whole.wrong, whole.wrong[:3]
@@ -136,6 +145,17 @@ def make_load(request: pytest.FixtureRequest, house: House) -> Iterator[Callable
     assert not whole.late, whole.late[:3]
     assert not whole.hung
     assert whole.right
+
+
+@pytest.fixture
+def make_load(house: House, counting: Counting) -> Callable[..., Load]:
+    """Clients of the house, by default of the tenant `load`: `async with make_load() as load: …`."""
+
+    def make(address: str = "", tenant: str = "load", **options: Any) -> Load:
+        load = Load(address or house.stack.address, house.judge, key=house.keys[tenant], **options)
+        return counting.add(load)
+
+    return make
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from contextlib import ExitStack
+from pathlib import Path
 
+import grpc
 import pytest
 
 from hiprune.client import question_message
 from hiprune.errors import Exhausted
 from hiprune.stack import SERVICES
-from hiprune.v1 import llm_service_pb2
+from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc, llm_service_pb2
+from hiprune.v1.media_pb2 import Media
 from tests.chaos.conftest import QUEUE, SLOTS
 from tests.chaos.load import DEADLINE_S, Tally, judged, renewed, until
 from tests.fuzz.memory import memory_of
@@ -86,3 +90,39 @@ async def test_who_leaves_in_the_middle_of_an_answer_is_missed_by_nobody(house, 
     async with make_load() as load:  # all but two of the tenant's places
         await load.right(30)
     assert load.tally.refused == 0
+
+
+async def test_work_whose_deadline_passed_costs_the_encoder_nothing(house):
+    """Twice the same crowd at the encoder; most of the one that has no time is never encoded."""
+
+    async def cost_s(timeout_s: float) -> tuple[float, int]:
+        process = Path("/proc") / str(house.stack.processes["encoder"].pid) / "stat"
+
+        def spent_s() -> float:
+            words = process.read_text("ascii").rpartition(")")[2].split()
+            return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
+
+        begun_s = spent_s()
+        async with grpc.aio.insecure_channel(house.stack.encoder_address) as channel:
+            stub = encoder_service_pb2_grpc.EncoderServiceStub(channel)
+
+            async def encode(image: bytes) -> bool:
+                request = encoder_service_pb2.EncodeImageRequest(media=Media(image=image), layers=[1])
+                try:
+                    return bool((await stub.EncodeImage(request, timeout=timeout_s)).views)
+                except grpc.aio.AioRpcError as error:
+                    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED, error  # noqa: PT017
+                    return False
+
+            images = [renewed(ask.image) for ask in house.judge.asks[:60] * 3]
+            done = sum(await asyncio.gather(*map(encode, images)))
+            assert await encode(renewed(images[0])) or timeout_s < 1
+        return spent_s() - begun_s, done
+
+    whole_s, whole = await cost_s(60)
+    short_s, short = await cost_s(0.2)
+    print(f"{whole} encoded: {whole_s:.2f} s of CPU; {short} in time, of as many: {short_s:.2f} s")
+    assert short < whole / 2
+    assert short_s < whole_s * 0.6
+    async with house.client() as client:
+        assert (await house.judge.asks[0].of(client, fresh=True)).text
