@@ -46,7 +46,7 @@ tables: $(READY) ## refill the settings tables in services/*/README.md
 	@$(BIN)/python tools/settings_tables.py
 
 BENCHMARKS := capture_overhead tower_scaling selection_cost encoder_load service_tax \
-	"service_tax --size 0.5b" time_to_first_token cache
+	"service_tax --size 0.5b" time_to_first_token cache isolation
 # what knows no device
 ifeq ($(findstring --device,$(ARGS)),)
 BENCHMARKS += shared_memory
