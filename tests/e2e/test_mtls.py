@@ -152,6 +152,7 @@ async def test_the_command_shows_a_certificate_where_one_is_wanted(secure, ours,
         assert (result.exit_code, said in result.stderr) == (2, True)
 
 
+@pytest.mark.extra
 async def test_all_certificates_change_under_load_and_no_request_fails(secure, ours, tmp_path):
     """In the order that docs/security.md gives: trust both, show the new, trust the new alone."""
     new = Authority("new")
