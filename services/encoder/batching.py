@@ -139,6 +139,7 @@ class MicroBatcher(Generic[Item, Result]):
             while self._waiting:
                 await self._run_batch(self._take())
         finally:
+            self._waiting.rest()
             self._pump = None
 
     def _take(self) -> list[_Job[Item, Result]]:

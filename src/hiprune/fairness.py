@@ -3,9 +3,10 @@
 `FairQueue` is pure: items, whose they are and what they cost. `Turns` is a semaphore over one.
 
 The order is start-time fair queueing (Goyal, Vin and Cheng, 1996): next is the owner whose items so far come
-to the lowest cost, counted from when it began to wait. With equal costs that is round robin; an owner's own
-items stay in their order. A full queue gives up the newest items of whoever has most in it, before it
-refuses an owner with less.
+to the lowest cost, counted from when it began to ask. Who comes back goes on where its last item ends, also
+where nothing of it waited meanwhile: else one item running and one waiting would be next for ever. With equal
+costs that is round robin; an owner's own items stay in their order. A full queue gives up the newest items of
+whoever has most in it, before it refuses an owner with less.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from hiprune.errors import Exhausted
 
 Item = TypeVar("Item")
+
+MAX_ENDS: Final = 4096
+"""Most owners of whom nothing waits and whose past is remembered; those with least of it are forgotten."""
 
 
 class FairQueue(Generic[Item]):
@@ -28,6 +32,7 @@ class FairQueue(Generic[Item]):
         self._lines: dict[str, deque[tuple[Item, int]]] = {}
         self._costs: dict[str, int] = {}
         self._starts: dict[str, int] = {}  # of each owner's next item, in cost served
+        self._ends: dict[str, int] = {}  # of the last item of owners of whom none waits, where that is ahead
         self._now = 0
         self._count = 0
 
@@ -41,12 +46,19 @@ class FairQueue(Generic[Item]):
         return sum(self._costs.values())
 
     def push(self, owner: str, item: Item, cost: int) -> None:
-        """Puts an item behind its owner's others."""
+        """Puts an item behind its owner's others, and behind what its owner has just had."""
         if owner not in self._lines:
-            self._lines[owner], self._costs[owner], self._starts[owner] = deque(), 0, self._now
+            self._lines[owner], self._costs[owner] = deque(), 0
+            self._starts[owner] = max(self._now, self._ends.pop(owner, 0))
         self._lines[owner].append((item, cost))
         self._costs[owner] += cost
         self._count += 1
+
+    def charge(self, owner: str, cost: int) -> None:
+        """Counts an owner's item that did not have to wait, while nothing of it waits."""
+        self._now = max(self._now, self._ends.get(owner, 0))
+        self._ends[owner] = self._now + cost
+        self._forget_ends()
 
     def next_cost(self) -> int:
         """What the item that `pop` would give costs. Raises IndexError when nothing waits."""
@@ -60,6 +72,10 @@ class FairQueue(Generic[Item]):
         self._starts[owner] += cost
         self._took(owner, cost)
         return item
+
+    def rest(self) -> None:
+        """Forgets what owners have had: for when nothing of anybody's is being worked on any more."""
+        self._ends.clear()
 
     def remove(self, owner: str, item: Item) -> bool:
         """Takes an item out. False when it does not wait any more."""
@@ -103,7 +119,15 @@ class FairQueue(Generic[Item]):
         self._costs[owner] -= cost
         self._count -= 1
         if not self._lines[owner]:
+            self._ends[owner] = self._starts[owner]
             del self._lines[owner], self._costs[owner], self._starts[owner]
+            self._forget_ends()
+
+    def _forget_ends(self) -> None:
+        """Only what lies ahead says who has had more than others; and of that, no more than is bounded."""
+        self._ends = {owner: end for owner, end in self._ends.items() if end > self._now}
+        if len(self._ends) > MAX_ENDS:
+            del self._ends[min(self._ends, key=self._ends.__getitem__)]
 
 
 class Turns:
@@ -134,6 +158,7 @@ class Turns:
         """A turn of an owner's, once it comes. Raises Exhausted."""
         if self._running < self._width:
             self._running += 1
+            self._queue.charge(owner, cost)
         else:
             await self._wait(owner, cost)
         try:
@@ -164,6 +189,8 @@ class Turns:
                 turn.set_result(None)
                 return
         self._running -= 1
+        if not self._running:
+            self._queue.rest()
 
 
 def _is_given(turn: asyncio.Future[None]) -> bool:

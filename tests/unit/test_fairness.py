@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from hiprune import fairness
 from hiprune.errors import Exhausted
 from hiprune.fairness import FairQueue, Turns
 
@@ -87,6 +88,57 @@ def test_owners_who_always_wait_are_served_alike_whatever_their_items_cost():
         assert max(served.values()) - min(served.values()) <= 2 * 40
 
 
+@pytest.mark.parametrize("cost", [1, 7, 1000])
+@pytest.mark.parametrize("others", [1, 3, 20])
+def test_one_running_and_one_waiting_has_its_share_and_no_more(cost, others):
+    floods = [f"flood {number}" for number in range(others)]
+    queue: FairQueue[str] = FairQueue()
+    queue.push("pair", "pair", cost)
+    for flood in floods * 40:
+        queue.push(flood, flood, 1)
+    served = dict.fromkeys(["pair", *floods], 0)
+    while sum(served[flood] for flood in floods) < 30 * others:
+        owner = queue.pop()
+        served[owner] += cost if owner == "pair" else 1
+        if owner == "pair":
+            queue.push("pair", "pair", cost)  # back at once: its line was empty only in between
+        counts = [served[flood] for flood in floods]
+        assert max(counts) - min(counts) <= 1
+        assert min(counts) - 1 <= served["pair"] <= max(counts) + cost
+
+
+def test_nothing_is_owed_once_all_was_at_rest():
+    queue = queue_of(("a", 1000))
+    queue.pop()
+    queue.rest()
+    for owner in "ab":
+        queue.push(owner, owner, 1)
+    assert emptied(queue) == ["a", "b"]
+
+
+def test_what_did_not_have_to_wait_counts_too():
+    queue: FairQueue[str] = FairQueue()
+    queue.charge("a", 3)
+    for number in range(4):
+        queue.push("a", f"a{number}", 1)
+        queue.push("b", f"b{number}", 1)
+    assert [queue.pop() for _ in range(4)] == ["b0", "b1", "b2", "a0"]
+
+
+def test_the_past_of_a_bounded_number_is_remembered_and_the_longest_first(monkeypatch):
+    monkeypatch.setattr(fairness, "MAX_ENDS", 10)
+    queue = queue_of(("last", 5), *[(f"owner {number}", 10 + number) for number in range(100)])
+    for _ in range(101):
+        queue.pop()
+        assert len(queue._ends) <= 10
+    assert min(queue._ends.values()) >= 10 + 90
+    queue.push("last", "again", 200)
+    queue.pop()
+    queue.push("owner 0", "new", 1000)
+    queue.pop()
+    assert set(queue._ends) >= {"last", "owner 0"}
+
+
 def refused() -> Exhausted:
     return Exhausted("full")
 
@@ -114,8 +166,23 @@ async def test_so_many_run_at_a_time_and_the_others_in_turn():
     assert (order, turns.waiting) == (["a", "a"], 6)
     gate.set()
     await asyncio.gather(*tasks)
-    assert order == ["a", "a", "a", "b", "a", "b", "a", "a"]
+    assert order == ["a", "a", "b", "a", "b", "a", "a", "a"]
     assert turns.waiting == running == 0
+
+
+@pytest.mark.parametrize("width", [1, 3])
+async def test_few_clients_of_one_owner_do_not_starve_the_many_of_another(width):
+    turns = Turns(width, 100, refused)
+    served = {"many": 0, "few": 0}
+
+    async def client(owner: str) -> None:
+        while sum(served.values()) < 300:
+            async with turns.take(owner):
+                await asyncio.sleep(0)
+            served[owner] += 1
+
+    await asyncio.gather(*(client("many") for _ in range(10)), *(client("few") for _ in range(2 * width)))
+    assert abs(served["many"] - served["few"]) <= 0.1 * 300
 
 
 async def test_a_full_queue_refuses_the_flood_and_makes_room_for_others():
