@@ -214,8 +214,9 @@ class TokenCache:
             if isinstance(message, encoder_service_pb2.EncodeImageResponse):
                 _check_scores(message)
         except records.DamagedRecord as error:
+            if not await self.store.delete(key, value):
+                return None, "miss"  # replaced while it was read, which mixed the two; or gone by now
             log.warning("a damaged cache value was deleted: %s", error)
-            await self.store.delete(key)
             return None, "damaged"
         if self._dtype is not None and _dtype_of(message) not in (None, self._dtype):
             return None, "other_dtype"  # of an encoder that ran in another type: replaced by what comes

@@ -92,10 +92,19 @@ return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('PEXPIRE', KEYS[1], 
 
 _NEVER: Final = -1
 """What PTTL says of a key that has no time to live."""
+_GONE: Final = -2
+"""And of one that is not there."""
 
 _RELEASE: Final = """
 return redis.call('GET', KEYS[1]) == ARGV[1] and redis.call('DEL', KEYS[1]) or 0
 """
+
+
+_DELETE: Final = """
+return redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) == ARGV[1] and redis.call('UNLINK', KEYS[1]) or 0
+"""
+_BEGINNING: Final = 64
+"""Bytes that tell a value from one that has taken its place: each begins with a random number and a checksum."""
 
 
 class RedisStore:
@@ -150,7 +159,7 @@ class RedisStore:
         """The value, or None: also when Redis is slow or down, and for one larger than any that is stored.
 
         One round trip for each chunk. A value that is replaced meanwhile comes out mixed, which its checksum
-        tells.
+        tells; one that goes meanwhile is None.
         """
         whole = bytearray()
         for begin in range(0, self._max_value_bytes + CHUNK_BYTES, CHUNK_BYTES):
@@ -160,6 +169,8 @@ class RedisStore:
             if len(part) < CHUNK_BYTES and not whole:
                 return part or None
             whole += part
+            if not part and await self._read("PTTL", key) in (None, _GONE):
+                return None  # not the end of so many whole chunks: it ran out, or was evicted
             if len(part) < CHUNK_BYTES:
                 return whole
         return None
@@ -179,9 +190,14 @@ class RedisStore:
             )
         return stored is not None
 
-    async def delete(self, key: bytes) -> None:
-        """Forgets a value, if Redis can be reached; its time to live does the rest."""
-        await self._read("UNLINK", key)
+    async def delete(self, key: bytes, read: bytes | bytearray | None = None) -> bool:
+        """Forgets a value, if Redis can be reached; its time to live does the rest. See `Store`.
+
+        Another pruner may have put a good one in the place of the one that was `read`.
+        """
+        if read is None:
+            return bool(await self._read("UNLINK", key))
+        return bool(await self._asked("EVAL", _DELETE, 1, key, bytes(read[:_BEGINNING])))
 
     async def claim(self, key: bytes, token: bytes, seconds: float) -> bool | None:
         """See `Claims`."""

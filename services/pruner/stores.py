@@ -46,8 +46,8 @@ class Store(Protocol):
     async def put(self, key: bytes, value: bytes, *, owner: bytes) -> bool:
         """Stores a value, at the cost of the owner's least recently used ones; whether it did."""
 
-    async def delete(self, key: bytes) -> None:
-        """Forgets a value, if there is one."""
+    async def delete(self, key: bytes, read: bytes | bytearray | None = None) -> bool:
+        """Forgets a value; with `read`, only where that is what still stands there. Whether it did."""
 
     async def close(self) -> None:
         """Frees connections."""
@@ -67,8 +67,9 @@ class NoStore:
         """Nothing."""
         return False
 
-    async def delete(self, key: bytes) -> None:
+    async def delete(self, key: bytes, read: bytes | bytearray | None = None) -> bool:
         """Nothing."""
+        return False
 
     async def close(self) -> None:
         """Nothing."""
@@ -132,9 +133,13 @@ class MemoryStore:
         self._total += len(value)
         return True
 
-    async def delete(self, key: bytes) -> None:
-        """Forgets a value, if there is one."""
+    async def delete(self, key: bytes, read: bytes | bytearray | None = None) -> bool:
+        """Forgets a value; with `read`, only where that is what still stands there. Whether it did."""
+        entry = self._entries.get(key)
+        if entry is None or (read is not None and entry.value != read):
+            return False
         self._drop(key)
+        return True
 
     async def close(self) -> None:
         """Forgets everything."""

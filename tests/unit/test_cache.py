@@ -360,6 +360,30 @@ async def test_a_damaged_value_is_a_miss_and_is_deleted(damage, size, cache):
     assert await cache.get_encoded(keys, DIGEST) == image()
 
 
+async def test_a_value_replaced_while_it_is_read_stays_and_is_called_no_damage(redis_server, caplog):
+    stores = [RedisStore(redis_server, ttl_s=60, timeout_s=5) for _ in range(2)]
+    reader, writer = caches = [
+        TokenCache(store, secret=SECRET, model=MODEL, max_value_bytes=10_000_000) for store in stores
+    ]
+    keys = reader.keys("replaced")
+    await reader.put_encoded(keys, DIGEST, image(size=3_000_000))
+    plain = reader.store._redis.execute_command
+
+    async def execute(*command):
+        answer = await plain(*command)
+        if command[0] == "GETRANGE":
+            reader.store._redis.execute_command = plain
+            await writer.put_encoded(writer.keys("replaced"), DIGEST, image(size=3_000_002))
+        return answer
+
+    reader.store._redis.execute_command = execute
+    assert await reader.get_encoded(keys, DIGEST) is None
+    assert await reader.get_encoded(keys, DIGEST) == image(size=3_000_002)
+    assert "damaged" not in caplog.text
+    for cache in caches:
+        await cache.close()
+
+
 async def test_a_value_moved_under_another_key_is_a_miss(cache):
     keys = cache.keys("moved")
     await cache.put_encoded(keys, DIGEST, image())

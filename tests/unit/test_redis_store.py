@@ -73,6 +73,31 @@ async def test_a_value_of_any_size_comes_back_as_it_was(connect, redis_server, i
     assert not [key async for key in inside.scan_iter(match=whose + b":t:*")]  # no parts are left
 
 
+async def test_a_value_that_goes_while_it_is_read_is_no_value(connect, redis_server, inside):
+    store, whose = connect(redis_server), owner("goes")
+    key = key_of(whose, "k")
+    assert await store.put(key, bytes(LARGE), owner=whose)
+    plain = store._redis.execute_command
+
+    async def execute(*command):
+        answer = await plain(*command)
+        await inside.delete(key)
+        return answer
+
+    store._redis.execute_command = execute
+    assert await store.get(key) is None
+
+
+async def test_what_was_read_is_deleted_unless_another_has_taken_its_place(connect, redis_server):
+    store, whose = connect(redis_server), owner("replaced")
+    key, old, new = key_of(whose, "k"), secrets.token_bytes(100), secrets.token_bytes(LARGE)
+    assert await store.put(key, new, owner=whose)
+    assert not await store.delete(key, old)
+    assert await store.get(key) == new
+    assert await store.delete(key, new)
+    assert not await store.delete(key, new)
+
+
 async def test_no_operation_moves_more_than_a_chunk(connect, redis_server, inside):
     """So that a budget for one operation is a budget for values of every size."""
     store, whose = connect(redis_server), owner("chunks")

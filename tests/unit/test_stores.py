@@ -105,6 +105,9 @@ async def test_memory_forgets_in_time_and_when_told():
     await store.put(b"a", b"2", owner=OWNER)
     await store.delete(b"a")
     await store.delete(b"never there")
+    await store.put(b"a", b"new", owner=OWNER)
+    assert not await store.delete(b"a", b"old")
+    assert await store.delete(b"a", b"new")
     assert await store.get(b"a") is None
 
 
