@@ -6,10 +6,8 @@ finds out. An answer that cannot be read from there is asked for once more, inli
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +19,7 @@ from hiprune.tensors import Memory
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc
 from services.pruner.pruning import check_views
 from services.pruner.settings import Settings
+from services.pruner.workers import Workers
 
 log = logging.getLogger("hiprune.pruner.encoder")
 
@@ -52,7 +51,7 @@ class RemoteEncoder:
         self._max_tokens = settings.max_tokens
         self._borrower = Borrower(settings.shared_memory_dir)
 
-    async def encode(self, request: encoder_service_pb2.EncodeImageRequest, workers: Executor) -> Encoded:
+    async def encode(self, request: encoder_service_pb2.EncodeImageRequest, workers: Workers) -> Encoded:
         """The image, checked on `workers` as it may be large. Raises Mismatch, Internal, as `Peer.call`."""
         request.shared_memory_token = self._borrower.token
         try:
@@ -63,12 +62,12 @@ class RemoteEncoder:
         request.shared_memory_token = ""
         return await self._ask(request, workers)
 
-    async def _ask(self, request: encoder_service_pb2.EncodeImageRequest, workers: Executor) -> Encoded:
+    async def _ask(self, request: encoder_service_pb2.EncodeImageRequest, workers: Workers) -> Encoded:
         """One call. Raises SegmentError for an answer in shared memory that is not all there."""
         image = await self._peer.call(
             lambda stub: stub.EncodeImage, request, encoder_service_pb2.EncodeImageResponse
         )
-        return await asyncio.get_running_loop().run_in_executor(workers, self._receive, request, image)
+        return await workers.run(lambda: self._receive(request, image))
 
     def _receive(
         self,

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import grpc
+from google.protobuf.message import Message
 
 from hiprune import checkpoints
 from hiprune.checkpoints import Checkpoint
@@ -16,7 +17,7 @@ from hiprune.client import Peer
 from hiprune.config import ConfigError
 from hiprune.intake import ROOM, SMALL_REQUEST
 from hiprune.redis_clients import EXPECTED
-from hiprune.v1 import encoder_service_pb2_grpc, pruner_service_pb2_grpc
+from hiprune.v1 import encoder_service_pb2_grpc, pruner_service_pb2
 from services.pruner.cache import ModelIdentity, TokenCache
 from services.pruner.encoder import RemoteEncoder
 from services.pruner.redis_store import RedisStore
@@ -42,8 +43,17 @@ class PrunerService:
         self._takes_video = False
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Adds the servicer."""
-        pruner_service_pb2_grpc.add_PrunerServiceServicer_to_server(self._servicer, server)
+        """Adds the servicer: by hand, as its large answers are bytes already."""
+        handlers = {
+            name: grpc.unary_unary_rpc_method_handler(
+                getattr(self._servicer, name),
+                request_deserializer=getattr(pruner_service_pb2, f"{name}Request").FromString,
+                response_serializer=_serialised,
+            )
+            for name in ("GetPruner", "PruneTokens", "PruneImage")
+        }
+        (name,) = self.names
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(name, handlers),))
 
     async def start(self) -> None:
         """Loads the text encoder. Ready without the encoder, which may come later."""
@@ -84,6 +94,10 @@ class PrunerService:
             "/hiprune.v1.PrunerService/PruneTokens": settings.max_message_bytes,
             "/hiprune.v1.PrunerService/GetPruner": SMALL_REQUEST,
         }
+
+
+def _serialised(answer: Message | bytes) -> bytes:
+    return answer if isinstance(answer, bytes) else answer.SerializeToString()
 
 
 def _load(settings: Settings) -> tuple[Checkpoint, TextEncoder | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from services.pruner.policy import Policy
 from services.pruner.selection import Selection
 
 View = encoder_service_pb2.View
+MAX_LAYERS: Final = 256
+"""Most layers of which a view brings scores; the deepest vision towers have about 64."""
 Scores = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
@@ -88,7 +91,13 @@ def check_views(views: Sequence[View], *, max_tokens: int, memory: Memory | None
 
 
 def _check_attention(view: View, field: str) -> None:
-    """Refuses a layer that is none or comes twice; scores are checked where they are read."""
+    """Refuses too many layers, and one that is none or comes twice; scores wait until they are read."""
+    if len(view.attention) > MAX_LAYERS:
+        raise InvalidInput(
+            f"{len(view.attention)} layers, expected at most {MAX_LAYERS}",
+            field=f"{field}.attention",
+            reason="LIMIT_EXCEEDED",
+        )
     seen: set[int] = set()
     for place, entry in enumerate(view.attention):
         if entry.layer < 1 or entry.layer in seen:

@@ -104,7 +104,7 @@ _DELETE: Final = """
 return redis.call('GETRANGE', KEYS[1], 0, #ARGV[1] - 1) == ARGV[1] and redis.call('UNLINK', KEYS[1]) or 0
 """
 _BEGINNING: Final = 64
-"""Bytes that tell a value from one that has taken its place: each begins with a random number and a checksum."""
+"""Bytes that tell a value from one in its place: each begins with a random number and a checksum."""
 
 
 class RedisStore:

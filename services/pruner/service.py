@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeAlias, TypeVar
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, TypeAlias
 
 import torch
 
-from hiprune import auth, deadlines, quotas
+from hiprune import auth, deadlines, quotas, tensors
 from hiprune.allowances import check_media
 from hiprune.checkpoints import Checkpoint
 from hiprune.errors import InvalidInput, Mismatch
@@ -30,11 +31,17 @@ from services.pruner.flight import SingleFlight
 from services.pruner.policy import Policy
 from services.pruner.pruning import NO_QUESTION, Guidance, Pruned, check_views, prune, similarities
 from services.pruner.settings import Settings
-from services.pruner.text import TextEncoder
+from services.pruner.text import Chunks, TextEncoder
+from services.pruner.workers import Workers
 
-Result = TypeVar("Result")
 _Status: TypeAlias = tuple[Encoded, pruner_service_pb2.CacheStatus.ValueType]
 """An encoded image, and where it came from."""
+_MAX_WAITING_CHUNKS: Final = 384
+"""Of all questions that wait for the text encoder: what CLIP-L reads in a minute, the default deadline."""
+_MAX_WAITING_WORK: Final = 2048
+"""Of all that waits for a thread, in MiB and one for each: twice what all requests together may hold."""
+_THREAD_BYTES: Final = 2**20
+"""Answers above it are made off the event loop."""
 NO_TEXT_MODEL: Final = "this pruner has no paired text encoder, so a question cannot guide it"
 
 
@@ -49,10 +56,10 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._flights: SingleFlight[bytes, _Status] = SingleFlight()
-        # one thread: the text encoder is not for several, and a question takes milliseconds
-        self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+        # one thread: the text encoder is not for several
+        self._reader = Workers(1, "text", max_waiting=_MAX_WAITING_CHUNKS)
         # threads of our own: asyncio's default ones may all be waiting for a name server
-        self._workers = ThreadPoolExecutor(2, thread_name_prefix="prune")
+        self._workers = Workers(2, "prune", max_waiting=_MAX_WAITING_WORK)
 
     def equip(
         self,
@@ -85,51 +92,61 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             cache_store=self._cache.store.name,
         )
 
-    async def PruneTokens(  # noqa: N802
+    async def PruneTokens(  # type: ignore[override]  # noqa: N802
         self, request: pruner_service_pb2.PruneTokensRequest, context: Any
-    ) -> pruner_service_pb2.PruneTokensResponse:
-        """Prunes the caller's own tokens."""
+    ) -> bytes:
+        """Prunes the caller's own tokens. The answer is a PruneTokensResponse, serialised."""
         clock = start_clock()
         if not 1 <= len(request.views) <= self._settings.max_views:
             raise InvalidInput(
                 f"{len(request.views)} views, expected 1 to {self._settings.max_views}", field="views"
             )
-        check_views(request.views, max_tokens=self._settings.max_tokens)
-        policy = _policy_of_tokens(request, auth.current().tenant.complete(request.policy))
-        vector = await self._vector_of_tokens(request, policy)
+        cost, tenant = _cost_of(request.views), auth.current().tenant
+
+        def look() -> tuple[Policy, Chunks]:
+            check_views(request.views, max_tokens=self._settings.max_tokens)
+            policy = _policy_of_tokens(request, tenant.complete(request.policy))
+            return policy, self._chunks_of_tokens(request, policy)
+
+        policy, chunks = await self._workers.run(look, cost)
+        vector = await self._text_vector(chunks)
 
         def work() -> Pruned:
             return _prune_tokens(request.views, policy, self._guidance_of_tokens(request, policy, vector))
 
         with stage("select"):
-            pruned = await self._off_loop(work)
+            pruned = await self._workers.run(work, cost)
         await _charge(pruned.summary)
-        return pruner_service_pb2.PruneTokensResponse(
-            views=pruned.views, summary=pruned.summary, timings=clock.to_proto()
-        )
 
-    async def PruneImage(  # noqa: N802
+        def answer() -> bytes:
+            return pruner_service_pb2.PruneTokensResponse(
+                views=pruned.views, summary=pruned.summary, timings=clock.to_proto()
+            ).SerializeToString()
+
+        return await self._workers.run(answer, cost)
+
+    async def PruneImage(  # type: ignore[override]  # noqa: N802
         self, request: pruner_service_pb2.PruneImageRequest, context: Any
-    ) -> pruner_service_pb2.PruneImageResponse:
-        """Encodes an image, or takes it from the cache, and prunes it."""
+    ) -> pruner_service_pb2.PruneImageResponse | bytes:
+        """Encodes an image, or takes it from the cache, and prunes it. A large answer comes serialised."""
         clock = start_clock()
         tenant = auth.current().tenant
         policy = policies.resolve(tenant.complete(request.policy), self._checkpoint.facts)
         question = request.question.strip()
-        self._check_media(request.media)
         self._check_question(question, policy)
 
-        def look() -> bytes:
+        def look() -> tuple[bytes, Chunks]:
+            self._check_media(request.media)
             check_media(request.media, tenant.limits, field="media")
-            return media_digest(request.media)
+            return media_digest(request.media), self._chunks(question, policy)
 
-        digest = await self._off_loop(look)
+        digest, chunks = await self._workers.run(look)
         keys = self._cache.keys(tenant.name)
         pruned = await self._cache.get_pruned(keys, digest, policy, question)
         if pruned is not None:
             await _charge(pruned.summary)
-            return _answer(pruned, pruner_service_pb2.CACHE_STATUS_PRUNED_HIT, policy, clock)
-        reading = asyncio.create_task(self._text_vector(question, policy))  # while the encoder works
+            return await self._answer(pruned, pruner_service_pb2.CACHE_STATUS_PRUNED_HIT, policy, clock)
+        reading = asyncio.create_task(self._text_vector(chunks))  # while the encoder works
         try:
             encoded, status = await self._encoded(request.media, policy, keys, digest, clock)
             pruned = await self._prune(encoded, policy, await reading, digest)
@@ -137,18 +154,28 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             reading.cancel()
         self._cache.put_pruned(keys, digest, policy, question, pruned)
         await _charge(pruned.summary)
-        return _answer(pruned, status, policy, clock)
+        return await self._answer(pruned, status, policy, clock)
 
     async def close(self) -> None:
         """Finishes background work."""
         if hasattr(self, "_cache"):
             await self._cache.close()
-        self._text_thread.shutdown(wait=False)
-        self._workers.shutdown(wait=False)
+        self._reader.close()
+        self._workers.close()
 
-    async def _off_loop(self, work: Callable[[], Result]) -> Result:
-        """Runs what may take milliseconds on a thread, so that other callers do not wait for it."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+    async def _answer(
+        self,
+        media: pruner_service_pb2.PrunedMedia,
+        status: pruner_service_pb2.CacheStatus.ValueType,
+        policy: Policy,
+        clock: StageClock,
+    ) -> pruner_service_pb2.PruneImageResponse | bytes:
+        """The answer, a large one as bytes that a thread has made."""
+        make = functools.partial(_answer, media, status, policy, clock)
+        size = sum(tensors.length_of(view.features) for view in media.views)
+        if size <= _THREAD_BYTES:
+            return make()
+        return await self._workers.run(lambda: make().SerializeToString(), 1 + size // 2**20)
 
     async def _prune(
         self, encoded: Encoded, policy: Policy, vector: torch.Tensor | None, digest: bytes
@@ -170,7 +197,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             )
 
         with stage("select"), encoders_fault():
-            return await self._off_loop(work)
+            return await self._workers.run(work, _cost_of(encoded.image.views))
 
     async def _encoded(
         self, media: media_pb2.Media, policy: Policy, keys: TenantKeys, digest: bytes, clock: StageClock
@@ -214,24 +241,42 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         clock.extend(encoded.timings)
         return encoded, status
 
-    async def _text_vector(self, question: str, policy: Policy) -> torch.Tensor | None:
-        """The question's vector (A,), or None when the method reads no text or there is none."""
-        if not policy.reads_text or not question or self._text is None:
-            return None
-        with stage("text"):
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._text_thread, self._text.encode, question)
+    def _chunks(self, question: str, policy: Policy) -> Chunks:
+        """The question as the text encoder reads it; none when the method reads no text or there is none.
 
-    async def _vector_of_tokens(
-        self, request: pruner_service_pb2.PruneTokensRequest, policy: Policy
-    ) -> torch.Tensor | None:
-        """The vector of a request's question.
+        Raises InvalidInput for one that would keep it busy for too long.
+        """
+        if not policy.reads_text or not question or self._text is None:
+            return ()
+        chunks = self._text.split(question)
+        if len(chunks) > (most := self._settings.max_text_chunks):
+            raise InvalidInput(
+                f"{len(chunks)} chunks of {len(chunks[0])} tokens of text, expected at most {most}",
+                field="question",
+                reason="LIMIT_EXCEEDED",
+            )
+        return chunks
+
+    async def _text_vector(self, chunks: Chunks) -> torch.Tensor | None:
+        """The vector (A,) of a question's chunks, or None of none."""
+        if not chunks or self._text is None:
+            return None
+        left = threading.Event()
+        embed = functools.partial(self._text.embed, chunks, lambda: not left.is_set())
+        try:
+            with stage("text"):
+                return await self._reader.run(embed, len(chunks))
+        finally:
+            left.set()
+
+    def _chunks_of_tokens(self, request: pruner_service_pb2.PruneTokensRequest, policy: Policy) -> Chunks:
+        """A request's question as the text encoder reads it.
 
         A question needs this pruner's own text model, and so tokens of this pruner's own tower: raises
         Mismatch, InvalidInput.
         """
         if not policy.reads_text or request.WhichOneof("guidance") != "question":
-            return None
+            return ()
         question = request.question.strip()
         self._check_question(question, policy)
         if request.vision_digest != self._checkpoint.vision_digest:
@@ -241,7 +286,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 field="vision_digest",
             )
         guidance.require(request.views, self._checkpoint.facts.compares)
-        return await self._text_vector(question, policy)
+        return self._chunks(question, policy)
 
     def _guidance_of_tokens(
         self, request: pruner_service_pb2.PruneTokensRequest, policy: Policy, vector: torch.Tensor | None
@@ -310,6 +355,13 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 field=field,
                 reason="LIMIT_EXCEEDED",
             )
+
+
+def _cost_of(views: Sequence[encoder_service_pb2.View]) -> int:
+    """What work over views costs: one, and one more for each MiB that their tensors are said to hold."""
+    size = sum(max(0, tensors.length_of(view.features)) for view in views)
+    size += sum(max(0, tensors.length_of(view.aligned)) for view in views)
+    return 1 + min(size // 2**20, _MAX_WAITING_WORK // 2)
 
 
 def _serves(image: encoder_service_pb2.EncodeImageResponse, layers: set[int], aligned: bool) -> bool:

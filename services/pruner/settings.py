@@ -36,6 +36,13 @@ class Settings(ServiceSettings):
         64 * 2**20, ge=1, le=2**31 - 1, description="all encoded frames of a video together, in bytes"
     )
     max_text_chars: int = Field(32_768, ge=1, le=10_000_000, description="longest question, in characters")
+    max_text_chunks: int = Field(
+        16,
+        ge=1,
+        le=4096,
+        description="longest question for the paired text encoder, in chunks of what it reads at a time, 75 "
+        "tokens for CLIP; with CLIP-L each takes about 0.16 s of a CPU core",
+    )
     max_views: int = Field(256, ge=1, le=65_536, description="most views in one PruneTokens request")
     max_tokens: int = Field(
         262_144, ge=1, le=2**31 - 1, description="most tokens in a PruneTokens request, over all its views"

@@ -5,8 +5,9 @@ Source: HiPrune++ (paper, section 3.3). Knows no image and no budget.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from safetensors import safe_open
@@ -23,16 +24,25 @@ from hiprune.checkpoints import (
 )
 from hiprune.loading import load_part
 
+Chunks: TypeAlias = Sequence[Sequence[int]]
+"""A question's tokens, cut to what one forward reads. None of them is empty."""
+
 
 class TextEncoder(Protocol):
-    """Turns a question into a vector. Not for concurrent use by several threads."""
+    """Turns a question into a vector, in two steps: how long the second takes is known after the first."""
 
     name: str
     digest: str
     """SHA-256 (hex) of what the vectors depend on: `hiprune.checkpoints.text_digest`."""
 
-    def encode(self, question: str) -> torch.Tensor | None:
-        """The question's vector (A,) float32; None when it has no token."""
+    def split(self, question: str) -> Chunks:
+        """The question in chunks, each as costly as another; none when it has no token."""
+
+    def embed(self, chunks: Chunks, is_wanted: Callable[[], bool] = lambda: True) -> torch.Tensor | None:
+        """The vector (A,) float32 of a question's chunks; None of none, and once it is not wanted any more.
+
+        Not for concurrent use by several threads.
+        """
 
 
 class PairedTextEncoder:
@@ -65,21 +75,30 @@ class PairedTextEncoder:
         # 75 for CLIP: its 77 positions less BOS and EOS
         self._chunk = text_config.max_position_embeddings - 2
 
-    @torch.inference_mode()
     def encode(self, question: str) -> torch.Tensor | None:
-        """The question's vector (A,) float32, L2-normalised; None when it has no token.
+        """The question's vector (A,) float32, L2-normalised; None when it has no token."""
+        return self.embed(self.split(question))
 
-        A question longer than the encoder's positions is cut into chunks with a BOS and EOS of their own,
-        whose normalised vectors are averaged: a padded split would pool the wrong token and ignore it.
-        """
+    def split(self, question: str) -> Chunks:
+        """As many tokens a chunk as the encoder has positions for, less BOS and EOS."""
         ids = self._tokenizer.encode(question, add_special_tokens=False).ids
-        if not ids:
-            return None
-        chunks = [ids[start : start + self._chunk] for start in range(0, len(ids), self._chunk)]
-        vectors = [self._embed(chunk) for chunk in chunks]  # C × (A,)
-        return torch.nn.functional.normalize(torch.stack(vectors).mean(dim=0), dim=0)
+        return [ids[start : start + self._chunk] for start in range(0, len(ids), self._chunk)]
 
-    def _embed(self, ids: list[int]) -> torch.Tensor:
+    @torch.inference_mode()
+    def embed(self, chunks: Chunks, is_wanted: Callable[[], bool] = lambda: True) -> torch.Tensor | None:
+        """The question's vector (A,) float32, L2-normalised; see `TextEncoder`.
+
+        Each chunk has a BOS and EOS of its own, and their normalised vectors are averaged: a padded split
+        would pool the wrong token and ignore the question.
+        """
+        vectors = []  # C × (A,)
+        for chunk in chunks:
+            if not is_wanted():
+                return None
+            vectors.append(self._embed(chunk))
+        return torch.nn.functional.normalize(torch.stack(vectors).mean(dim=0), dim=0) if vectors else None
+
+    def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         """One chunk's projected, pooled and normalised vector (A,)."""
         tokens = torch.tensor([[self._begin, *ids, self._end]])  # (1, S)
         hidden = self._model(input_ids=tokens).last_hidden_state  # (1, S, D)
@@ -105,7 +124,16 @@ class LanguageSpace:
 
     def encode(self, question: str) -> torch.Tensor | None:
         """The question's vector (H,) float32; None when it has no token that the table knows."""
+        return self.embed(self.split(question))
+
+    def split(self, question: str) -> Chunks:
+        """One chunk: rows are looked up, and no model runs."""
         ids = self._tokenizer.encode(question, add_special_tokens=False).ids
+        return [ids] if ids else []
+
+    def embed(self, chunks: Chunks, is_wanted: Callable[[], bool] = lambda: True) -> torch.Tensor | None:
+        """The question's vector (H,) float32; None when it has no token that the table knows."""
+        ids = [token for chunk in chunks for token in chunk]
         with safe_open(self._file, "pt") as file:
             table = file.get_slice(self._key)
             rows = {token: table[token : token + 1][0].float() for token in set(ids) if token < self._rows}

@@ -529,10 +529,31 @@ async def test_a_question_needs_aligned_tokens(alone, digest):
     assert (type(error), error.field) == (InvalidInput, "question")
 
 
-async def test_a_message_of_very_many_layers_gets_its_answer(alone):
-    tokens = view(1, 1, layers=range(1, 5001))
-    error = await error_of(alone.PruneTokens(request(tokens, deep_layer=30_000)))
-    assert (type(error), error.field) == (InvalidInput, "views[0].attention")
+async def test_a_view_has_no_more_layers_than_a_tower_may(alone):
+    tokens = view(1, 1, layers=range(1, 258))
+    error = await error_of(alone.PruneTokens(request(tokens)))
+    assert (type(error), error.reason, error.field) == (*LIMIT, "views[0].attention")
+    assert "257 layers, expected at most 256" in error.message
+    error = await error_of(alone.PruneTokens(request(view(1, 1, layers=range(1, 257)), deep_layer=30_000)))
+    assert (type(error), error.reason, error.field) == (*MISSING, "views[0].attention")
+
+
+async def test_a_question_of_more_chunks_than_are_read_is_refused_before_anything_is_encoded(
+    encoder, pruner, alone, digest
+):
+    long, longer = "red " * 16 * 46, "red " * (16 * 46 + 1)
+    policy = pb.PrunePolicy(method=METHODS["HIPRUNE_PLUS_PLUS"], keep_count=20)
+    ask = pb.PruneImageRequest(media=media_pb2.Media(image=b"long"), policy=policy, question=longer)
+    tokens = plus_plus(view(aligned=half(np.ones((16, A)))), question=longer, vision_digest=digest)
+    for refused in (pruner.PruneImage(ask), alone.PruneTokens(tokens)):
+        error = await error_of(refused)
+        assert (type(error), error.reason, error.field) == (*LIMIT, "question")
+        assert "17 chunks of 46 tokens of text, expected at most 16" in error.message
+    assert not encoder.calls
+    ask.question = long
+    assert (await pruner.PruneImage(ask)).media.summary.text_model
+    ask.question, ask.policy.method = longer, METHODS["HIPRUNE"]  # reads no question
+    assert len((await pruner.PruneImage(ask)).media.views) == 1
 
 
 async def test_a_pruner_without_a_text_model_refuses_questions_and_takes_vectors(model):

@@ -76,6 +76,13 @@ def test_a_question_longer_than_the_positions_is_read_to_its_end(encoder, refere
     torch.testing.assert_close(red.norm(), torch.tensor(1.0))
 
 
+def test_a_question_that_nobody_wants_any_more_is_read_no_further(encoder):
+    chunks = encoder.split("what color is the circle " * 30)
+    wanted = [True] * 2 + [False] * len(chunks)
+    assert encoder.embed(chunks, lambda: wanted.pop(0)) is None
+    assert len(wanted) == len(chunks) - 1
+
+
 def test_a_long_question_is_the_mean_of_chunks_with_their_own_bos_and_eos(encoder, reference):
     chunk = "red " * 46
     torch.testing.assert_close(encoder.encode(chunk), reference(chunk), atol=1e-6, rtol=1e-5)

@@ -1,0 +1,50 @@
+"""Threads at which tenants take turns: for work that would hold up the event loop, and everybody with it.
+
+Knows whose the current request is; knows nothing of the work. Cancelled, work that has not begun never does;
+what has begun goes on to its end, or to where it looks whether anybody still wants it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from hiprune import auth
+from hiprune.errors import Exhausted
+from hiprune.fairness import Turns
+
+Result = TypeVar("Result")
+
+
+class Workers:
+    """A few threads, and a queue before them in which one tenant's flood does not hold up another."""
+
+    def __init__(self, threads: int, name: str, *, max_waiting: int) -> None:
+        """`max_waiting` bounds the cost of all that waits."""
+        self._name = name
+        self._max_waiting = max_waiting
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
+        self._turns = Turns(threads, max_waiting, self._full)
+
+    @property
+    def waiting(self) -> int:
+        """How much work waits for its turn."""
+        return self._turns.waiting
+
+    async def run(self, work: Callable[[], Result], cost: int = 1) -> Result:
+        """The result of `work()`, once it is the current tenant's turn. Raises Exhausted, as `work`."""
+        async with self._turns.take(auth.current().tenant.name, cost):
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Lets the threads go once they are done."""
+        self._threads.shutdown(wait=False)
+
+    def _full(self) -> Exhausted:
+        return Exhausted(
+            f"{self._turns.waiting} requests wait for the pruner's {self._name} threads, at a cost of "
+            f"at most {self._max_waiting} together",
+            retry_after_s=1,
+        )

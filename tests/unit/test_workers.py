@@ -1,0 +1,127 @@
+"""Claims about the pruner's threads: tenants take turns, and who has left is worked for no longer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+
+import pytest
+import torch
+
+from hiprune import auth
+from hiprune.auth import Caller, Tenant
+from hiprune.errors import Exhausted
+from hiprune.v1 import encoder_service_pb2, pruner_service_pb2, tensor_pb2
+from services.pruner import service
+from services.pruner.service import PrunerServicer
+from services.pruner.settings import Settings
+from services.pruner.workers import Workers
+
+
+def on_behalf(tenant: str, work) -> asyncio.Task:
+    context = contextvars.copy_context()
+    context.run(auth.enter, Caller(Tenant(tenant)))
+    return asyncio.create_task(work, context=context)
+
+
+async def test_one_tenants_flood_leaves_another_its_turn():
+    workers = Workers(1, "test", max_waiting=100)
+    gate, order = threading.Event(), []
+
+    def work(name: str) -> None:
+        gate.wait()
+        order.append(name)
+
+    tasks = [on_behalf("flood", workers.run(lambda: work("flood"), 5)) for _ in range(10)]
+    await asyncio.sleep(0)
+    tasks += [on_behalf("other", workers.run(lambda: work("other"))) for _ in range(3)]
+    await asyncio.sleep(0)
+    gate.set()
+    await asyncio.gather(*tasks)
+    assert order[:4] == ["flood", "other", "other", "other"]
+    workers.close()
+
+
+async def test_so_much_waits_and_what_is_refused_says_so():
+    workers = Workers(1, "test", max_waiting=2)
+    gate = threading.Event()
+    tasks = [asyncio.create_task(workers.run(gate.wait)) for _ in range(3)]
+    await asyncio.sleep(0)
+    assert workers.waiting == 2
+    with pytest.raises(Exhausted, match="2 requests wait for the pruner's test threads") as caught:
+        await workers.run(gate.wait)
+    assert (caught.value.reason, caught.value.retry_after_s) == ("OVERLOADED", 1)
+    gate.set()
+    await asyncio.gather(*tasks)
+    workers.close()
+
+
+class EndlessText:
+    """A text encoder that reads statements for as long as somebody wants it to; a chunk a character."""
+
+    name, digest = "endless", "0"
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+        self.begun = threading.Event()
+
+    def split(self, question: str) -> list[list[int]]:
+        return [[question.count("?")]] * len(question)
+
+    def embed(self, chunks, is_wanted=lambda: True) -> torch.Tensor | None:
+        self.read.append(len(chunks))
+        self.begun.set()
+        while chunks[0] == [0]:
+            if not is_wanted():
+                return None
+        return torch.ones(3)
+
+
+async def test_a_question_whose_client_has_left_keeps_nobody_waiting():
+    servicer = PrunerServicer(Settings())
+    servicer._text = text = EndlessText()
+    leaves = asyncio.create_task(servicer._text_vector(text.split("long")))
+    await asyncio.to_thread(text.begun.wait)
+    stays = asyncio.create_task(servicer._text_vector(text.split("?")))
+    leaves.cancel()
+    assert (await asyncio.wait_for(stays, 10)).shape == (3,)
+    assert text.read == [4, 1]
+
+
+async def test_tenants_questions_take_turns_by_their_length():
+    servicer = PrunerServicer(Settings())
+    servicer._text = text = EndlessText()
+    leaves = on_behalf("first", servicer._text_vector(text.split("long")))
+    await asyncio.to_thread(text.begun.wait)
+    asked = [("long", "???")] * 2 + [("short", "?")] * 6
+    stay = [on_behalf(owner, servicer._text_vector(text.split(question))) for owner, question in asked]
+    await asyncio.sleep(0)
+    leaves.cancel()
+    await asyncio.wait_for(asyncio.gather(*stay), 10)
+    assert text.read == [4, 3, 1, 1, 1, 3, 1, 1, 1]
+
+
+async def test_the_event_loop_checks_prunes_and_serialises_no_tokens(monkeypatch):
+    threads: dict[str, int] = {}
+
+    def watched(name: str, work):
+        def call(*args, **kwargs):
+            threads[name] = threading.get_ident()
+            return work(*args, **kwargs)
+
+        return call
+
+    for name in ("check_views", "_policy_of_tokens", "_prune_tokens"):
+        monkeypatch.setattr(service, name, watched(name, getattr(service, name)))
+    answers = pruner_service_pb2.PruneTokensResponse
+    monkeypatch.setattr(pruner_service_pb2, "PruneTokensResponse", watched("answer", answers))
+    features = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_F32, shape=[4, 3], data=bytes(48))
+    view = encoder_service_pb2.View(grid_height=2, grid_width=2, features=features)
+    policy = pruner_service_pb2.PrunePolicy(method=pruner_service_pb2.METHOD_STRIDED, keep_count=2)
+    request = pruner_service_pb2.PruneTokensRequest(views=[view], policy=policy)
+    answer = await PrunerServicer(Settings()).PruneTokens(request, None)
+    assert isinstance(answer, bytes)
+    assert list(answers.FromString(answer).views[0].features.shape) == [2, 3]
+    assert set(threads) == {"check_views", "_policy_of_tokens", "_prune_tokens", "answer"}
+    assert threading.get_ident() not in threads.values()
