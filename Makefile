@@ -6,10 +6,11 @@ ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/ready
+VLLM_READY := .venv-vllm/ready
 NODE := tests/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all fuzz soak check protos tables bench
+.PHONY: help demo up test test-all test-vllm fuzz soak check protos tables bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -24,7 +25,10 @@ test: $(READY) ## every test that needs Python alone
 	@$(BIN)/pytest -m "not extra" $(ARGS)
 
 test-all: check $(NODE) ## the linters, and the tests that need Node.js; what `make test` leaves out
-	@$(BIN)/pytest -m extra
+	@$(BIN)/pytest -m "extra and not vllm"
+
+test-vllm: $(VLLM_READY) ## the tests of the engine vllm, in an environment of its own
+	@.venv-vllm/bin/python -m pytest -m vllm tests/vllm $(ARGS)
 
 # how many times as many inputs as test-all tries, drawn anew each time: TIMES=20 takes about half an hour
 TIMES ?= 20
@@ -59,9 +63,15 @@ $(READY): pyproject.toml constraints.txt tools/set_up.py
 	@command -v $(PYTHON) >/dev/null || { echo "hiprune needs Python 3.11 or newer; no $(PYTHON) is on PATH" >&2; exit 1; }
 	@$(PYTHON) tools/set_up.py
 
+$(VLLM_READY): pyproject.toml constraints.txt constraints-vllm.txt tools/set_up.py
+	@$(PYTHON) tools/set_up.py vllm
+
 # an environment holds absolute paths, so one that came along with a copied checkout is made anew
 ifneq ($(shell head -n 1 $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
+endif
+ifneq ($(shell head -n 1 $(VLLM_READY) 2>/dev/null),$(CURDIR))
+.PHONY: $(VLLM_READY)
 endif
 
 $(NODE): tests/node/package.json tests/node/package-lock.json

@@ -112,7 +112,9 @@ def make_llava_onevision(
         text_config=Qwen2Config(
             vocab_size=117,
             tie_word_embeddings=tied,
-            **{key: value for key, value in _TEXT.items() if key != "head_dim"},
+            # its heads have hidden_size / num_attention_heads channels: 32, which vLLM wants at least
+            **{key: value for key, value in _TEXT.items() if key != "head_dim"}
+            | {"num_attention_heads": 2, "num_key_value_heads": 1},
         ),
         image_token_index=4,
         video_token_index=116,
@@ -178,8 +180,11 @@ def _save(
         (path / name).write_text(json.dumps(content, indent=2), "utf-8")
 
 
-def make_clip(path: Path, seed: int = 0) -> Path:
-    """Writes a CLIP directory that pairs with the tower of `make_llava_next`, and returns it."""
+def make_clip(path: Path, seed: int = 0, **vision: Any) -> Path:
+    """Writes a CLIP directory that pairs with the tower of `make_llava_next`, and returns it.
+
+    With `vision`, that differs in these fields of its config.
+    """
     config = CLIPConfig(
         text_config={
             "vocab_size": 116,
@@ -192,7 +197,7 @@ def make_clip(path: Path, seed: int = 0) -> Path:
             "eos_token_id": 3,
             "pad_token_id": 0,
         },
-        vision_config={**_VISION, "num_hidden_layers": 4},
+        vision_config={**_VISION, "num_hidden_layers": 4, **vision},
         projection_dim=24,
     )
     path.mkdir(parents=True, exist_ok=True)

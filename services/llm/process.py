@@ -10,16 +10,18 @@ from typing import Final
 import grpc
 import torch
 
-from hiprune.checkpoints import CheckpointError, open_checkpoint
+from hiprune.checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from hiprune.config import ConfigError
 from hiprune.errors import Unavailable
 from hiprune.intake import ROOM, SMALL_REQUEST
 from hiprune.v1 import llm_service_pb2_grpc
 from services.llm.chat import load_chat
+from services.llm.engines.base import Engine
 from services.llm.engines.transformers import TransformersEngine
-from services.llm.families import load_adapter
+from services.llm.families import Adapter, load_adapter
 from services.llm.flops import TextShape
 from services.llm.pipeline import LanguageModel
-from services.llm.placement import place
+from services.llm.placement import Placement, place
 from services.llm.prompts import Limits
 from services.llm.pruner import Pruner
 from services.llm.service import ImageQaServicer, LanguageModelServicer
@@ -111,7 +113,7 @@ def load(settings: Settings) -> LanguageModel:
         checkpoint=checkpoint,
         chat=load_chat(checkpoint.path, adapter.image_token_id, adapter.video_token_id),
         adapter=adapter,
-        engine=TransformersEngine(checkpoint.path, adapter.language, placement, settings.max_concurrency),
+        engine=make_engine(settings, checkpoint, adapter, placement),
         shape=TextShape.of(config.get_text_config()),
         limits=Limits(
             settings.max_messages,
@@ -123,6 +125,22 @@ def load(settings: Settings) -> LanguageModel:
         max_new_tokens=settings.max_new_tokens,
         slots=Slots(settings.max_concurrency, settings.max_queue),
     )
+
+
+def make_engine(settings: Settings, checkpoint: Checkpoint, adapter: Adapter, placement: Placement) -> Engine:
+    """The engine that the settings name, not started. Raises CheckpointError, ConfigError."""
+    if settings.engine == "transformers":
+        return TransformersEngine(checkpoint.path, adapter.language, placement, settings.max_concurrency)
+    try:
+        from services.llm.engines.vllm import VllmEngine
+
+        return VllmEngine(
+            checkpoint.path, adapter.language, placement, settings.max_concurrency, settings.vllm_arguments
+        )
+    except ImportError as error:
+        raise ConfigError(
+            f"engine (--engine): got 'vllm', which is not installed here ({error}): docs/scaling.md says how"
+        ) from error
 
 
 def _name(model: str, directory: str) -> str:

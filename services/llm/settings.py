@@ -25,7 +25,26 @@ class Settings(ServiceSettings):
     model_name: Annotated[str, Field(max_length=200)] = Field(
         "", description="name that clients may give as `model`; empty: the hub id or the directory's name"
     )
-    engine: Literal["transformers"] = Field("transformers", description="what runs the model: transformers")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="what runs the model: transformers, in this process, or vllm"
+    )
+    tensor_parallel_size: int = Field(1, ge=1, le=1024, description="GPUs that share each layer; vllm alone")
+    pipeline_parallel_size: int = Field(
+        1, ge=1, le=1024, description="groups of GPUs that share the layers; vllm alone"
+    )
+    distributed_executor_backend: Literal["", "mp", "ray", "uni", "external_launcher"] = Field(
+        "", description="what starts vLLM's workers: mp, ray, uni or external_launcher; empty: vLLM's choice"
+    )
+    gpu_memory_utilization: float = Field(
+        0.0, ge=0, le=1, description="share of a GPU's memory that vLLM takes; 0: vLLM's own choice"
+    )
+    quantization: Annotated[str, Field(pattern=r"^[a-z0-9_]*$")] = Field(
+        "", description="how the language model's weights are quantised, in vLLM's words; empty: as stored"
+    )
+    vllm_args: Annotated[str, Field(max_length=10_000)] = Field(
+        "", description='more of vLLM\'s arguments: --vllm-args="--max-model-len=8192 --enable-lora"'
+    )
+
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto, cpu or cuda; auto takes a GPU where there is one"
     )
@@ -56,3 +75,16 @@ class Settings(ServiceSettings):
     max_text_chars: int = Field(
         32_768, ge=1, le=100_000_000, description="most characters of text in a conversation"
     )
+
+    @property
+    def vllm_arguments(self) -> str:
+        """All of vLLM's arguments that are set here, as on its command line."""
+        given = {
+            "tensor-parallel-size": self.tensor_parallel_size if self.tensor_parallel_size > 1 else "",
+            "pipeline-parallel-size": self.pipeline_parallel_size if self.pipeline_parallel_size > 1 else "",
+            "distributed-executor-backend": self.distributed_executor_backend,
+            "gpu-memory-utilization": self.gpu_memory_utilization or "",
+            "quantization": self.quantization,
+        }
+        words = [f"--{name}={value}" for name, value in given.items() if value != ""]
+        return " ".join([*words, self.vllm_args]).strip()

@@ -63,6 +63,7 @@ COUNTERS: Final = {
 """Every counter: its unit and what it counts."""
 
 GAUGES: Final = {
+    "hiprune.engine.blocks_held": ("1", "share of vLLM's blocks of keys and values that answers hold"),
     "hiprune.cache.breaker": ("1", "1 while a Redis that failed is left alone, else 0"),
 }
 """Every gauge: its unit and what it tells."""

@@ -23,6 +23,7 @@ import torch
 from hiprune.loading import load_part
 from hiprune.telemetry import stage
 from services.llm.engines.base import Job, Step
+from services.llm.engines.defaults import deterministic, end_tokens
 from services.llm.families import LanguagePart, SplicedPrompt
 from services.llm.placement import Placement
 from services.llm.sampling import Sampling
@@ -141,32 +142,14 @@ class TransformersEngine:
         )
         self._model = model.to(self._placement.device)
         # on the model too, or `generate` fills the gaps from the stored one and warns of the clash
-        model.generation_config = self._generation_config = _deterministic(model.generation_config)
-        ends = self._generation_config.eos_token_id
-        self.end_tokens = frozenset(ends if isinstance(ends, list) else [ends] if ends is not None else [])
+        model.generation_config = self._generation_config = deterministic(model.generation_config)
+        self.end_tokens = end_tokens(self._generation_config)
         log.info(
             "language model %s: %.1f M parameters, context %d",
             type(model).__name__,
             sum(each.numel() for each in model.parameters()) / 1e6,
             self.context_length,
         )
-
-
-def _deterministic(stored: Any) -> Any:
-    """The model's own generation settings, less those by which its authors like to draw.
-
-    What remains (end tokens, padding, suppressed tokens, penalties) holds for every request.
-    """
-    settings = copy.deepcopy(stored)
-    settings.do_sample = False
-    settings.num_beams = 1
-    settings.num_return_sequences = 1
-    settings.max_length = None
-    settings.temperature, settings.top_p, settings.top_k = 1.0, 1.0, 50
-    if settings.pad_token_id is None and settings.eos_token_id is not None:
-        ends = settings.eos_token_id
-        settings.pad_token_id = ends[0] if isinstance(ends, list) else ends
-    return settings
 
 
 class SeededSampler:

@@ -1,0 +1,41 @@
+"""What a model's authors say of how it generates, as far as it holds for every request. Knows no engine."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+
+def read_generation_config(path: Path, config: Any) -> Any:
+    """The settings beside a checkpoint, or those that follow from its language model's `config`."""
+    from transformers import GenerationConfig
+
+    try:
+        stored = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except OSError:
+        stored = GenerationConfig.from_model_config(config)
+    return deterministic(stored)
+
+
+def deterministic(stored: Any) -> Any:
+    """The model's own generation settings, less those by which its authors like to draw.
+
+    What remains (end tokens, padding, suppressed tokens, penalties) holds for every request.
+    """
+    settings = copy.deepcopy(stored)
+    settings.do_sample = False
+    settings.num_beams = 1
+    settings.num_return_sequences = 1
+    settings.max_length = None
+    settings.temperature, settings.top_p, settings.top_k = 1.0, 1.0, 50
+    if settings.pad_token_id is None and settings.eos_token_id is not None:
+        ends = settings.eos_token_id
+        settings.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    return settings
+
+
+def end_tokens(settings: Any) -> frozenset[int]:
+    """Tokens that end the model's turn."""
+    ends = settings.eos_token_id
+    return frozenset(ends if isinstance(ends, list) else [ends] if ends is not None else [])

@@ -1,0 +1,126 @@
+"""Classes of vLLM's with our changes; see `vllm_plugin`. Imported where vLLM is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import torch
+from vllm.model_executor.models.interfaces import SupportsMRoPE
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.mistral import MistralForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.sampling_params import SamplingParams
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+from services.llm.engines.packing import unpack
+from services.llm.engines.vllm_plugin import PENALTY_KEY
+
+_AXES: Final = 3
+_LAYOUTS: Final = (
+    (re.compile(r"^language_model\.model\."), "model."),
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^model\.language_model\."), "model."),
+)
+"""The language model's keys in the layouts of checkpoints, and what vLLM calls them."""
+_OWN: Final = re.compile(r"^(model\.(embed_tokens|layers|norm)|lm_head)\.")
+"""What a language model consists of; the rest of a checkpoint is other services' affair."""
+
+
+def language_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The language model's among a checkpoint's weights, by vLLM's names."""
+    for stored, tensor in weights:
+        name = stored
+        for pattern, replacement in _LAYOUTS:
+            name = pattern.sub(replacement, name)
+        if _OWN.match(name):
+            yield name, tensor
+
+
+class HipruneLlama(LlamaForCausalLM):
+    """Llama and Vicuna, as in LLaVA-1.5, LLaVA-NeXT and Video-LLaVA."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Takes what is the language model's."""
+        return super().load_weights(language_weights(weights))
+
+
+class HipruneMistral(MistralForCausalLM):
+    """Mistral, as in LLaVA-NeXT."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Takes what is the language model's."""
+        return super().load_weights(language_weights(weights))
+
+
+class HipruneQwen2(Qwen2ForCausalLM):
+    """Qwen2, as in LLaVA-OneVision."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Takes what is the language model's."""
+        return super().load_weights(language_weights(weights))
+
+
+class HipruneQwen2MRope(HipruneQwen2, SupportsMRoPE):
+    """Qwen2.5-VL's language model: positions of three axes, packed into the prompt's token ids."""
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[Any]
+    ) -> tuple[torch.Tensor, int]:
+        """Positions (3, S), and what to add to a later token's number to have its position.
+
+        Decoding goes on from the last position, as stock `generate` does. A prompt of zeros is vLLM's own, to
+        warm up: it counts from 0.
+        """
+        length = len(input_tokens)
+        if not any(input_tokens):
+            return torch.arange(length).expand(_AXES, length), 0
+        positions = torch.from_numpy(unpack(input_tokens, _AXES))
+        return positions, int(positions[0, -1]) + 1 - length
+
+
+class PromptPenalty(AdapterLogitsProcessor):
+    """transformers' repetition penalty over the prompt's tokens, placeholders included, and the answer's.
+
+    vLLM's own would look for the prompt's tokens where positions are.
+    """
+
+    def is_argmax_invariant(self) -> bool:
+        """It can change which token is the likeliest."""
+        return False
+
+    def new_req_logits_processor(
+        self, params: SamplingParams
+    ) -> Callable[[list[int], torch.Tensor], torch.Tensor] | None:
+        """None for a request without one."""
+        given = (params.extra_args or {}).get(PENALTY_KEY)
+        if given is None:
+            return None
+        penalty, prompt = float(given["penalty"]), [int(token) for token in given["prompt"]]
+
+        def penalise(answer: list[int], logits: torch.Tensor) -> torch.Tensor:
+            """`logits` (vocabulary,)"""
+            # a token counts once however often it occurred
+            seen = torch.tensor(sorted({*prompt, *answer}), device=logits.device)
+            score = logits[seen]
+            logits[seen] = torch.where(score < 0, score * penalty, score / penalty)
+            return logits
+
+        return penalise
+
+
+class Listener(StatLoggerBase):
+    """Hears of vLLM's steps, and passes on the share of its blocks that running answers hold."""
+
+    def __init__(self, tell: Callable[[float], None], vllm_config: Any, engine_index: int = 0) -> None:
+        self._tell = tell
+
+    def record(self, scheduler_stats: Any, *rest: Any, **more: Any) -> None:
+        """After each step; vLLM promises little of what comes along."""
+        if scheduler_stats is not None:
+            self._tell(float(scheduler_stats.kv_cache_usage))
+
+    def log_engine_initialized(self) -> None:
+        """Nothing."""

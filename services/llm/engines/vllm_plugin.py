@@ -1,0 +1,44 @@
+"""What vLLM loads of ours in each of its processes, by the entry point `vllm.general_plugins`.
+
+vLLM's own classes for language models, each taught two things: to take its weights out of the checkpoint of a
+vision-language model where they lie, and, for those with M-RoPE, the positions that a prompt brings along.
+Names alone are registered; vLLM imports `vllm_models` when a model of ours is served.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+ARCHITECTURES: Final = {
+    "llama": "HipruneLlama",
+    "mistral": "HipruneMistral",
+    "qwen2": "HipruneQwen2",
+    "qwen2_5_vl_text": "HipruneQwen2MRope",
+}
+"""Our class for each kind of language model, by transformers' `model_type`."""
+
+MODELS: Final = "services.llm.engines.vllm_models"
+PENALTY: Final = f"{MODELS}:PromptPenalty"
+"""The logits processor, as vLLM's setting takes it."""
+PENALTY_KEY: Final = "hiprune_penalty"
+"""What `SamplingParams.extra_args` calls the penalty, and the prompt's tokens."""
+
+
+def register() -> None:
+    """Tells vLLM of the classes. Called by vLLM, perhaps several times."""
+    from vllm import ModelRegistry
+
+    for name in ARCHITECTURES.values():
+        ModelRegistry.register_model(name, f"{MODELS}:{name}")
+
+
+def language_config(config: Any) -> Any:
+    """The language model's part of a checkpoint's config, for vLLM's setting `hf_overrides`."""
+    text = config.get_text_config()
+    if text.model_type not in ARCHITECTURES:  # vLLM asks about a dummy first, to see what the type becomes
+        return config
+    if text is not config:
+        # where stock ties the output to the input embeddings, which the whole model's config decides
+        text.tie_word_embeddings = config.tie_word_embeddings
+    text.architectures = [ARCHITECTURES[text.model_type]]
+    return text
