@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 
 from redis.exceptions import RedisError, ResponseError
 
-from hiprune import telemetry
+from hiprune import lateness, telemetry
 from hiprune.redis_clients import close_client, is_wrong_type, open_client
 from services.pruner.stores import Claims
 
@@ -291,7 +291,7 @@ class RedisStore:
         task.add_done_callback(self._ended)
         try:
             left_s = (limit.when() or 0) - asyncio.get_running_loop().time()
-            done, _ = await asyncio.wait({task}, timeout=max(left_s, 0))
+            done = await lateness.is_done(task, max(left_s, 0))
         finally:
             if not task.done():
                 after_s = self.OVERDUE_S if overdue_s is None else overdue_s

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("hiprune.quotas")
 
 WINDOW_S: Final = 60
-CONNECT_S: Final = 0.1
+CONNECT_S: Final = 1.0
+"""Longer than any operation may take, and so bounds none: it would count the lateness of this process too."""
 MAX_CONNECTIONS: Final = 1024
 
 Result = TypeVar("Result")

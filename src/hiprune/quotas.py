@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
-from hiprune import telemetry
+from hiprune import lateness, telemetry
 from hiprune.auth import Tenant
 from hiprune.errors import Exhausted, Expired, HipruneError, Internal, Unavailable
 from hiprune.limit_stores import WINDOW_S, ProcessStore, Store
@@ -85,9 +85,7 @@ class Quotas:
         if self._shared is not None:
             if self._clock() >= self._rests_until:
                 try:
-                    async with asyncio.timeout(BUDGET_S):
-                        await self._pay(self._shared)
-                        done = await work(self._shared)
+                    done = await lateness.within(self._ask(self._shared, work), BUDGET_S)
                 except Exception as error:
                     if lost is not None:
                         self._owe(*lost)
@@ -105,6 +103,10 @@ class Quotas:
                     return self._shared, done
             telemetry.count("hiprune.limits.fallbacks")
         return self._own, await work(self._own)
+
+    async def _ask(self, store: Store, work: Callable[[Store], Awaitable[Result]]) -> Result:
+        await self._pay(store)
+        return await work(store)
 
     async def undo(self, store: Store, work: Callable[[Store], Awaitable[None]]) -> None:
         """Takes something back where it was done. In a Redis that fails it stays, until its time runs out."""

@@ -7,6 +7,7 @@ import itertools
 import logging
 import math
 import signal
+import time
 
 import hypothesis
 import pytest
@@ -282,6 +283,16 @@ async def test_with_redis_down_this_process_counts_for_itself_and_says_so_once(s
                     await books.do(lambda store: store.enter(fresh(), 1, "x", LEASE_S))
                     now[0] += quotas.REST_S
     await books.close()
+
+
+async def test_a_process_that_was_held_up_itself_still_counts_in_redis(redis_server):
+    shared = RedisStore(redis_server)
+    limits = Quotas(shared)
+    for _ in range(2):
+        asyncio.get_running_loop().call_soon(time.sleep, 0.3)  # while it connects, and after
+        where, _ = await limits.do(lambda at: at.enter("held up", 10, "ticket", 10))
+        assert where is shared
+    await limits.close()
 
 
 async def test_places_taken_in_a_redis_that_slept_are_given_back_when_it_wakes(start_redis):

@@ -208,6 +208,15 @@ async def test_a_paused_redis_is_a_miss_within_the_budget_then_at_once_then_come
     ]
 
 
+async def test_a_process_that_was_held_up_itself_takes_a_redis_that_answers_for_well(connect, redis_server):
+    store = connect(redis_server, timeout_s=0.05)
+    assert await store.put(b"held up", b"v", owner=OWNER)
+    for _ in range(4):
+        await store._redis.connection_pool.disconnect()  # so that an answer takes several turns of the loop
+        asyncio.get_running_loop().call_soon(time.sleep, 0.2)
+        assert await store.get(b"held up") == b"v"
+
+
 async def test_one_probe_alone_waits_for_a_redis_that_is_still_away(connect, start_redis, quick_breaker):
     url, process = start_redis()
     store = connect(url)
