@@ -17,7 +17,7 @@ import grpc
 
 from hiprune import auth, deadlines, telemetry
 from hiprune.config import ServiceSettings
-from hiprune.errors import Internal, PermissionDenied, Unauthenticated, from_rpc
+from hiprune.errors import NO_RETRY, Internal, PermissionDenied, Unauthenticated, from_rpc
 from hiprune.trust import LOOK_EVERY_S, Certificates
 from hiprune.v1 import (
     llm_service_pb2,
@@ -40,25 +40,12 @@ _PING_MS: Final = 10_000
 _PONG_MS: Final = 10_000
 """Time for the answer: then the connection is given up, its calls are UNAVAILABLE, and a new one is made."""
 
-_SERVICE_CONFIG: Final = json.dumps(
-    {
-        "loadBalancingConfig": [{"round_robin": {}}],
-        # a replica that is starting or draining gets no calls
-        "healthCheckConfig": {"serviceName": ""},
-        "methodConfig": [
-            {
-                "name": [{"service": "hiprune.v1.EncoderService"}, {"service": "hiprune.v1.PrunerService"}],
-                "retryPolicy": {
-                    "maxAttempts": 3,
-                    "initialBackoff": "0.05s",
-                    "maxBackoff": "0.5s",
-                    "backoffMultiplier": 2,
-                    "retryableStatusCodes": ["UNAVAILABLE"],
-                },
-            }
-        ],
-    }
-)
+_ATTEMPTS: Final = 3
+_RETRIES_A_FAILURE: Final = {"maxTokens": 50, "tokenRatio": 0.5}
+"""gRFC A6: a failure takes a token, a success gives half a one, and with fewer than 25 nothing is retried:
+a service that is down is not asked three times by everybody."""
+_RETRIED_BETWEEN_SERVICES: Final = ("hiprune.v1.EncoderService", "hiprune.v1.PrunerService")
+_RETRIED: Final = ("hiprune.v1.ImageQaService",)
 
 Request = TypeVar("Request")
 Response = TypeVar("Response")
@@ -73,11 +60,18 @@ def connect(
 ) -> grpc.aio.Channel:
     """A channel to HOST:PORT or unix:PATH, balanced over all replicas behind the name.
 
-    Connects when first used, with TLS where `credentials` are given. Unary calls between services are pure,
-    so UNAVAILABLE is retried twice.
+    Connects when first used, with TLS where `credentials` are given.
+
+    UNAVAILABLE is retried twice, on another replica where there is one, and a stream only before its first
+    event: what is asked here changes nothing, and nothing is charged for what was UNAVAILABLE. Done at each
+    hop that would be three times three attempts. So a service that has retried tells its caller not to
+    (`NO_RETRY`); and on a Unix socket, behind which there is one process and no replica, services do not
+    retry but pass on what they get: their own callers may know a replica that has another behind its socket.
     """
     options = [
-        ("grpc.service_config", _SERVICE_CONFIG),
+        ("grpc.service_config", _service_config(between_services=not auth.is_unix(address))),
+        # a call whose messages are larger is never retried, by default from 256 KiB on: a photo's size
+        ("grpc.per_rpc_retry_buffer_size", min(max_message_bytes + 2**16, 2**31 - 1)),
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.initial_reconnect_backoff_ms", 100),
@@ -94,6 +88,31 @@ def connect(
     return grpc.aio.secure_channel(address, credentials, options=options)
 
 
+def _service_config(*, between_services: bool) -> str:
+    """What gRPC is to do by itself, in its JSON."""
+    retried = (*_RETRIED, *_RETRIED_BETWEEN_SERVICES) if between_services else _RETRIED
+    return json.dumps(
+        {
+            "loadBalancingConfig": [{"round_robin": {}}],
+            # a replica that is starting or draining gets no calls
+            "healthCheckConfig": {"serviceName": ""},
+            "retryThrottling": _RETRIES_A_FAILURE,
+            "methodConfig": [
+                {
+                    "name": [{"service": name} for name in retried],
+                    "retryPolicy": {
+                        "maxAttempts": _ATTEMPTS,
+                        "initialBackoff": "0.05s",
+                        "maxBackoff": "0.5s",
+                        "backoffMultiplier": 2,
+                        "retryableStatusCodes": ["UNAVAILABLE"],
+                    },
+                }
+            ],
+        }
+    )
+
+
 async def call(
     method: Callable[..., Any],
     request: Any,
@@ -102,8 +121,11 @@ async def call(
     peer: str,
     default_s: float = DEFAULT_TIMEOUT_S,
     metadata: tuple[tuple[str, str], ...] = (),
+    retried: bool = True,
 ) -> Response:
     """One unary call on behalf of the current request, under what is left of its deadline.
+
+    `retried` says that the channel does so, and the request's own caller need not.
 
     Raises the peer's own error, with its reason and field; Unavailable when the peer cannot be reached.
     """
@@ -114,7 +136,9 @@ async def call(
             metadata=(*telemetry.outgoing_metadata(), *metadata),
         )
     except grpc.aio.AioRpcError as error:
-        raise from_rpc(error, peer=peer) from error
+        found = from_rpc(error, peer=peer)
+        found.retried = retried or NO_RETRY in map(tuple, error.trailing_metadata() or ())
+        raise found from error
     if not isinstance(response, response_type):
         raise Internal(f"the {peer} answered with {type(response).__name__}")
     return response
@@ -163,6 +187,7 @@ class Peer(Generic[Stub]):
                 peer=self._name,
                 default_s=self._default_s,
                 metadata=self._introduction(),
+                retried=not auth.is_unix(self._address),
             )
         except (PermissionDenied, Unauthenticated) as error:
             # between services it is not the client who lacks a right, but the two that lack a common secret

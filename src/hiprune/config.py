@@ -75,8 +75,21 @@ class ServiceSettings(BaseModel):
     max_message_bytes: int = Field(
         256 * 2**20, ge=2**20, le=2**31 - 1, description="largest gRPC message, in bytes"
     )
+    max_requests: int = Field(
+        1024,
+        ge=1,
+        le=1_000_000,
+        description="most requests at a time, from the call until its answer has been sent; more are refused "
+        "as OVERLOADED",
+    )
     default_deadline_ms: int = Field(
         60_000, ge=1, le=3_600_000, description="deadline of a request that brings none, in milliseconds"
+    )
+    max_deadline_ms: int = Field(
+        600_000,
+        ge=1,
+        le=86_400_000,
+        description="longest deadline of a request, in milliseconds; one that is further away is cut to it",
     )
     drain_ms: int = Field(
         30_000, ge=0, le=3_600_000, description="time for running requests after SIGTERM, in milliseconds"
@@ -107,6 +120,15 @@ class ServiceSettings(BaseModel):
             raise ValueError(
                 f"listen is {self.listen!r}, reachable from other machines, and no tenants are configured: "
                 "use a loopback address or a Unix socket, or set tenants or allow_anonymous"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_default_deadline_is_allowed(self) -> Self:
+        if self.default_deadline_ms > self.max_deadline_ms:
+            raise ValueError(
+                f"{self._named('default_deadline_ms')}: got {self.default_deadline_ms}, expected at most "
+                f"max_deadline_ms, which is {self.max_deadline_ms}"
             )
         return self
 

@@ -25,6 +25,9 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
+NO_RETRY: Final = ("grpc-retry-pushback-ms", "-1")
+"""Trailing metadata by which a server tells a client's gRPC not to try again (gRFC A6)."""
+
 DOMAIN: Final = "hiprune"
 """`ErrorInfo.domain` of every error that our own code raises."""
 
@@ -55,6 +58,8 @@ class HipruneError(Exception):
         self.reason = reason or self.default_reason
         self.field = field
         self.retry_after_s = retry_after_s
+        self.retried = False
+        """A peer's answer, after all the attempts that make sense: the next hop is to make no more."""
 
     def __str__(self) -> str:
         return f"{self.field}: {self.message}" if self.field else self.message

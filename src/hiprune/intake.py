@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 from google.protobuf import descriptor_pool
@@ -22,7 +22,8 @@ from google.protobuf.message import DecodeError, Message
 from hiprune.errors import Exhausted, InvalidInput
 
 MAX_HELD_BYTES: Final = 2**30
-"""Of all requests that are being served; each is in memory about twice, as bytes and as a message."""
+"""Of all requests that are being served and answers that are being sent; each is in memory about twice, as
+bytes and as a message."""
 SMALL_REQUEST: Final = 64 * 2**10
 """Requests up to it need no count of their fields, and fit a method that takes none to speak of."""
 ROOM: Final = 4 * 2**20
@@ -76,6 +77,18 @@ class Intake:
                 yield await loop.run_in_executor(self._parser, _read, method, request, parse)
             else:
                 yield _read(method, request, parse)
+        finally:
+            self._held -= size
+
+    @contextmanager
+    def answer(self, size: int) -> Iterator[None]:
+        """An answer of so many bytes is being sent: counted among what is held, refused never.
+
+        A client that does not read its answers keeps us from taking more requests, not from memory.
+        """
+        self._held += size
+        try:
+            yield
         finally:
             self._held -= size
 

@@ -9,7 +9,7 @@ import signal
 import socket
 import stat
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final, Protocol, TypeAlias, TypeVar
 
@@ -24,9 +24,19 @@ from hiprune import auth, deadlines, telemetry
 from hiprune.checkpoints import CheckpointError
 from hiprune.config import ConfigError, ServiceSettings
 from hiprune.door import Door
-from hiprune.errors import Expired, HipruneError, Internal, Unavailable, to_status
+from hiprune.errors import (
+    NO_RETRY,
+    Exhausted,
+    Expired,
+    HipruneError,
+    Internal,
+    InvalidInput,
+    Unavailable,
+    to_status,
+)
 from hiprune.intake import Intake, Parse
 from hiprune.trust import Certificates
+from hiprune.visitors import Visitors
 
 log = logging.getLogger("hiprune.server")
 
@@ -36,6 +46,8 @@ LIVENESS: Final = "liveness"
 _HEALTH: Final = "grpc.health.v1.Health"
 
 
+_STREAMS_BESIDE: Final = 64
+"""Calls on one connection beside as many as are served at a time: health, and those being refused."""
 _LEAST_PING_MS: Final = 5_000
 """Who asks more often whether we are there is sent away: gRPC's own bound is five minutes."""
 _PING_MS: Final = 30_000
@@ -87,7 +99,12 @@ async def run(settings: ServiceSettings, service: Service) -> None:
     """Serves until SIGTERM or SIGINT, then drains: NOT_SERVING, running requests finish, it leaves."""
     door = Door.of(settings)
     certificates = Certificates.of(settings)
-    gate = RequestGate(settings.default_deadline_ms / 1000, door)
+    gate = RequestGate(
+        settings.default_deadline_ms / 1000,
+        door,
+        max_deadline_s=settings.max_deadline_ms / 1000,
+        max_requests=settings.max_requests,
+    )
     server = grpc.aio.server(
         interceptors=[gate],
         options=[
@@ -95,7 +112,9 @@ async def run(settings: ServiceSettings, service: Service) -> None:
             ("grpc.max_send_message_length", settings.max_message_bytes),
             # clients must come back now and then to find new pods; a stream in flight gets its whole deadline
             ("grpc.max_connection_age_ms", settings.max_connection_age_ms),
-            ("grpc.max_connection_age_grace_ms", max(settings.default_deadline_ms, settings.drain_ms)),
+            ("grpc.max_connection_age_grace_ms", max(settings.max_deadline_ms, settings.drain_ms)),
+            # of each connection: those beyond wait at the client
+            ("grpc.max_concurrent_streams", settings.max_requests + _STREAMS_BESIDE),
             ("grpc.so_reuseport", 0),
             # clients ask whether we are there, and we whether they are: see `hiprune.client.connect`
             ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_MS),
@@ -169,7 +188,7 @@ def _bind(server: grpc.aio.Server, settings: ServiceSettings, certificates: Cert
 
 
 def _say_who_may_call(settings: ServiceSettings) -> None:
-    """A line in the log, and a warning for what may surprise."""
+    """A line in the log, and a warning for what may surprise. Raises ConfigError for what cannot be meant."""
     at = settings.listen
     if settings.allow_anonymous:
         log.warning("allow_anonymous: anybody who reaches %s may use this service", at)
@@ -183,8 +202,21 @@ def _say_who_may_call(settings: ServiceSettings) -> None:
         log.info("on %s are served: %s", at, "; ".join(kind for kind, given in kinds.items() if given))
     else:
         log.info("no tenants are configured: everybody on this machine who reaches %s is served", at)
-    if auth.is_unix(at) and os.stat(at.removeprefix("unix:")).st_mode & stat.S_IWOTH:
+    if auth.is_unix(at) and (mode := os.stat(at.removeprefix("unix:")).st_mode) & stat.S_IWOTH:
+        if settings.tenants:
+            raise ConfigError(
+                f"listen (--listen): got {at!r}, which everybody on this machine may open (mode "
+                f"{stat.S_IMODE(mode):04o}) and so could speak for any tenant: start with a umask of 0002 or "
+                "stricter"
+            )
         log.warning("everybody on this machine may open %s, and so counts as a service", at)
+    takes_secrets = settings.tenants or settings.peer_token.get_secret_value()
+    if takes_secrets and not settings.tls_cert and not auth.is_private(at):
+        log.warning(
+            "keys and peer_token come to %s in plain text, for everybody on the way to read: set tls_cert "
+            "and tls_key, unless what is in front speaks TLS",
+            at,
+        )
 
 
 def _refuse_taken_socket(listen: str) -> None:
@@ -226,11 +258,22 @@ class Health(health_aio.HealthServicer):  # type: ignore[misc]  # untyped upstre
 class RequestGate(grpc.aio.ServerInterceptor):
     """Around every request: readiness, deadline, caller, trace, and errors as statuses with details."""
 
-    def __init__(self, default_deadline_s: float, door: Door | None = None) -> None:
+    def __init__(
+        self,
+        default_deadline_s: float,
+        door: Door | None = None,
+        *,
+        max_deadline_s: float = 600.0,
+        max_requests: int = 1024,
+    ) -> None:
         """Without a `door`, everybody comes in as an anonymous caller."""
         self._default_deadline_s = default_deadline_s
+        self._max_deadline_s = max_deadline_s
+        self._max_requests = max_requests
         self._door = door or Door()
         self._intake = Intake()
+        self._visitors = Visitors()
+        self._running = 0
         self._open = False
 
     def open(self, request_bytes: Mapping[str, int] | None = None) -> None:
@@ -243,50 +286,38 @@ class RequestGate(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        """Wraps our own methods; health and reflection pass as they are."""
+        """Wraps our own methods; and health and reflection, see `hiprune.visitors`."""
         handler = await continuation(details)
-        if handler is None or not details.method.startswith("/hiprune."):
-            return handler
-        # requests come in as bytes: one that cannot be parsed is refused like any other bad input
-        if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(details.method, handler.unary_stream, handler.request_deserializer),
-                response_serializer=handler.response_serializer,
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(details.method, handler.unary_unary, handler.request_deserializer),
-            response_serializer=handler.response_serializer,
-        )
+        if handler is None:
+            return None
+        if not details.method.startswith("/hiprune."):
+            return self._visitors.guard(handler)
+        # On the wire one request is a stream of one. To gRPC it is one here: it then hands over the call
+        # before the request's body has come, and we ask for that when we know who calls and until when; and
+        # an answer counts as being served until it has been sent. Bodies come as bytes: one that cannot be
+        # parsed is refused like any other bad input.
+        return grpc.stream_stream_rpc_method_handler(self._guarded(details.method, handler))
 
-    def _unary(
-        self, method: str, behaviour: Callable[..., Awaitable[Message]], parse: Parse
-    ) -> Callable[..., Awaitable[Message]]:
-        async def guarded(request: bytes, context: Context) -> Message:
-            try:
-                async with (
-                    self._request(context, method),
-                    self._intake.message(method, request, parse) as message,
-                ):
-                    return await behaviour(message, context)
-            except Exception as error:
-                await _abort(context, error)
-                raise  # unreachable: abort raises
+    def _guarded(self, method: str, handler: Any) -> Callable[..., Awaitable[None]]:
+        parse: Parse = handler.request_deserializer
+        serialise: Callable[[Message], bytes] = handler.response_serializer
 
-        return guarded
-
-    def _stream(
-        self, method: str, behaviour: Callable[..., AsyncGenerator[Message]], parse: Parse
-    ) -> Callable[..., Awaitable[None]]:
         # not a generator: one that waits for a slow client could neither be timed out nor closed in time
-        async def guarded(request: bytes, context: Context) -> None:
+        async def guarded(_: object, context: Context) -> None:
             try:
                 async with (
                     self._request(context, method),
-                    self._intake.message(method, request, parse) as asked,
-                    aclosing(behaviour(asked, context)) as messages,
+                    self._intake.message(method, await _body(context), parse) as asked,
                 ):
-                    async for message in messages:
-                        await context.write(message)
+                    if not handler.response_streaming:
+                        # its message is let go: sending takes two copies of the bytes already
+                        answer = serialise(await handler.unary_unary(asked, context))
+                        with self._intake.answer(len(answer)):
+                            await context.write(answer)
+                        return
+                    async with aclosing(handler.unary_stream(asked, context)) as messages:
+                        async for message in messages:
+                            await context.write(serialise(message))
             except Exception as error:
                 await _abort(context, error)
 
@@ -294,14 +325,18 @@ class RequestGate(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _request(self, context: Context, method: str) -> AsyncIterator[None]:
-        """A request's deadline, trace and caller.
+        """A request's place, deadline, trace and caller.
 
-        Raises Unavailable before the service is ready; Expired; and as `Door.admit`.
+        Raises Unavailable before the service is ready; Exhausted; Expired; and as `Door.admit`.
         """
         if not self._open:
             raise Unavailable("the service is starting", reason="NOT_READY", retry_after_s=1)
+        if self._running >= self._max_requests:
+            # not gRPC's `maximum_concurrent_rpcs`, which would count health, and not say when to come back
+            raise Exhausted(f"{self._running} requests are being served, no more at a time", retry_after_s=1)
         left = context.time_remaining()
         seconds = self._default_deadline_s if left is None else float(left)
+        seconds = min(seconds, self._max_deadline_s)
         if seconds <= 0:
             raise Expired("the deadline had passed when the request arrived")
         deadlines.begin(seconds)
@@ -309,6 +344,7 @@ class RequestGate(grpc.aio.ServerInterceptor):
             {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         )
         limit = asyncio.timeout(seconds)
+        self._running += 1
         try:
             async with limit, self._door.admit(context, method):
                 yield
@@ -316,6 +352,17 @@ class RequestGate(grpc.aio.ServerInterceptor):
             if not limit.expired():  # somebody else's: a socket's, a library's
                 raise
             raise Expired("the deadline passed before the answer was ready") from error
+        finally:
+            self._running -= 1
+
+
+async def _body(context: Context) -> bytes:
+    """The request, as bytes. Raises InvalidInput for a call without one."""
+    body = await context.read()
+    if body is grpc.aio.EOF:
+        raise InvalidInput("the call brings no request", reason="MISSING_FIELD")
+    whole: bytes = body
+    return whole
 
 
 async def _abort(context: Context, error: Exception) -> None:
@@ -327,4 +374,20 @@ async def _abort(context: Context, error: Exception) -> None:
         error = Internal("internal error; the service's log has the cause")
     elif isinstance(error, Internal):
         log.error("internal error", exc_info=error)
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    status = rpc_status.to_status(to_status(error))
+    if isinstance(error, Unavailable) and _was_retried(error):
+        status = status._replace(trailing_metadata=(*status.trailing_metadata, NO_RETRY))
+    await context.abort_with_status(status)
+
+
+def _was_retried(error: BaseException | None) -> bool:
+    """Whether it is a peer's answer that no further attempt would change: see `hiprune.client`."""
+    seen = set()
+    while (
+        error is not None and id(error) not in seen
+    ):  # `raise error.under(…) from error` may be its own cause
+        if isinstance(error, HipruneError) and error.retried:
+            return True
+        seen.add(id(error))
+        error = error.__cause__
+    return False

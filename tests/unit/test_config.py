@@ -123,6 +123,11 @@ def test_a_secret_is_in_no_repr_and_no_dump():
         assert SECRET not in shown
 
 
+def test_a_default_deadline_above_the_longest_is_refused():
+    assert "at most max_deadline_ms, which is 5000" in refusal(["--max-deadline-ms=5000"])
+    assert Settings.read(["--max-deadline-ms=60000"], {}).default_deadline_ms == 60_000
+
+
 def test_redis_without_a_secret_is_refused():
     assert "at least 16" in refusal(["--cache=redis"])
     assert Settings.read(["--cache=redis", f"--cache-secret={SECRET}"], {}).cache == "redis"

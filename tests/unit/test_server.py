@@ -167,6 +167,15 @@ async def test_a_domain_error_in_a_stream_keeps_its_reason_and_field(stream):
     assert (type(error), error.field) == (InvalidInput, "policy.alpha")
 
 
+async def test_an_error_that_is_its_own_cause_ends_its_request(unary):
+    async def refuse():
+        error = Unavailable("away")
+        raise error.under("media") from error
+
+    method = await unary(refuse)
+    assert type(await error_of(method(GetRequest(), timeout=5))) is Unavailable
+
+
 async def test_a_timeout_of_somebody_elses_is_not_called_the_deadlines(unary, stream, caplog):
     async def fail_to_connect():
         raise TimeoutError("[Errno 110] Connection timed out")
@@ -376,7 +385,7 @@ main(ServiceSettings, Sleeper)
 class Process:
     """The program above: ready once told to go on."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, umask: int = 0o022) -> None:
         self.address = f"unix:{folder}/server.sock"
         self.popen = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, f"--listen={self.address}", *arguments],
@@ -384,6 +393,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            umask=umask,
             env={**os.environ, "HIPRUNE_LOG_LEVEL": "warning"},
         )
 
@@ -402,8 +412,8 @@ class Process:
 def process(tmp_path):
     started = []
 
-    def start(*arguments: str) -> Process:
-        started.append(Process(tmp_path, *arguments))
+    def start(*arguments: str, **options: object) -> Process:
+        started.append(Process(tmp_path, *arguments, **options))
         return started[-1]
 
     yield start
@@ -525,3 +535,20 @@ async def test_an_address_that_cannot_be_bound_is_one_line_and_code_2(process):
             lines = server.popen.stderr.read().splitlines()
             expected = f"hiprune service: listen (--listen): got {listen!r}, which cannot be bound"
             assert [line for line in lines if line.startswith("hiprune")] == [expected]
+
+
+async def test_with_tenants_a_socket_that_everybody_may_open_is_refused(process, tmp_path):
+    (tmp_path / "tenants.toml").touch(mode=0o600)
+    server = process(f"--tenants={tmp_path}/tenants.toml", umask=0)
+    assert await server.end() == 2
+    (line,) = [line for line in server.popen.stderr.read().splitlines() if line.startswith("hiprune")]
+    assert f"got '{server.address}', which everybody on this machine may open (mode 0777)" in line
+
+
+async def test_keys_in_plain_text_beyond_this_machine_are_warned_of(process):
+    for listen, warned in (("0.0.0.0:0", True), ("127.0.0.1:0", False)):
+        server = process(f"--listen={listen}", "--allow-anonymous", "--peer-token=" + "t" * 16)
+        await server.says("starting")
+        server.popen.send_signal(signal.SIGTERM)
+        assert await server.end() == 0
+        assert ("in plain text" in server.popen.stderr.read()) is warned
