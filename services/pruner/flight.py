@@ -1,7 +1,7 @@
 """Single flight in this process: concurrent callers who want the same thing share one piece of work.
 
 The work belongs to no caller: a cancelled leader does not fail its followers, and the work stops when the
-last waiter leaves.
+last waiter leaves. Its deadline is the latest of those who wait.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from hiprune import deadlines, telemetry
+from hiprune import telemetry
+from hiprune.deadlines import Deadline
+from hiprune.errors import Expired
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
@@ -22,7 +24,8 @@ Result = TypeVar("Result")
 @dataclass(slots=True)
 class _Flight(Generic[Result]):
     task: asyncio.Task[Result]
-    waiters: int
+    deadline: Deadline
+    waiters: int = 0
 
 
 class SingleFlight(Generic[Key, Result]):
@@ -41,13 +44,15 @@ class SingleFlight(Generic[Key, Result]):
         """
         flight = self._flights.get(key)
         if flight is None:
-            # the leader's trace goes along, its deadline does not: a follower may have more time
+            # the leader's trace goes along, and its deadline until a follower brings a later one
+            deadline = Deadline.current()
             context = contextvars.copy_context()
-            context.run(deadlines.clear)
-            flight = _Flight(asyncio.create_task(work(), context=context), 0)
+            context.run(deadline.enter)
+            flight = _Flight(asyncio.create_task(_fly(work, deadline), context=context), deadline)
             self._flights[key] = flight
             flight.task.add_done_callback(functools.partial(self._landed, key, flight))
         else:
+            flight.deadline.extend(Deadline.current())
             telemetry.count("hiprune.cache.joins", scope="process")
         flight.waiters += 1
         try:
@@ -69,3 +74,17 @@ class SingleFlight(Generic[Key, Result]):
         """Takes a flight off the table, unless another has taken its place."""
         if self._flights.get(key) is flight:
             del self._flights[key]
+
+
+async def _fly(work: Callable[[], Coroutine[Any, Any, Result]], deadline: Deadline) -> Result:
+    """Does the work; and again if its time was up and somebody has come meanwhile who has more.
+
+    What it asked of another service went there under the deadline of then, and cannot be given more.
+    """
+    while True:
+        given_s = deadline.at_s
+        try:
+            return await work()
+        except Expired:
+            if deadline.at_s <= given_s:
+                raise

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 import pytest
 
 from hiprune import deadlines
+from hiprune.errors import Expired
 from services.pruner.flight import SingleFlight
 
 
@@ -156,20 +157,76 @@ async def test_a_failure_that_nobody_waits_for_any_more_is_no_noise(flights, cap
     assert "never retrieved" not in caplog.text
 
 
-async def test_the_leaders_deadline_is_not_inherited(flights):
-    seen = []
+async def run_within(flights, work: Callable[[], Coroutine], seconds: float | None) -> object:
+    if seconds is not None:
+        deadlines.begin(seconds)
+    return await flights.run("k", work)
+
+
+async def test_work_is_given_the_time_of_who_asks_for_it(flights):
+    async def work():
+        return deadlines.for_next_hop(60)
+
+    for seconds in (5, 300):
+        given_s = await asyncio.create_task(run_within(flights, work, seconds))
+        assert seconds - 1 < given_s < seconds
+    assert await asyncio.create_task(run_within(flights, work, None)) == 60
+
+
+async def test_work_under_way_is_given_the_time_of_the_last_who_waits(flights):
+    go_on = asyncio.Event()
 
     async def work():
-        seen.append(deadlines.remaining_s())
+        await go_on.wait()
+        return deadlines.for_next_hop(60)
 
-    async def lead():
-        deadlines.begin(0.001)
-        await flights.run("k", work)
-        seen.append(deadlines.remaining_s())
+    tasks = []
+    for seconds in (5, 300, 20):
+        tasks.append(asyncio.create_task(run_within(flights, work, seconds)))
+        await settle()
+    go_on.set()
+    given_s = await asyncio.gather(*tasks)
+    assert given_s[0] == given_s[1] == given_s[2]
+    assert 299 < given_s[0] < 300
 
-    await asyncio.create_task(lead())
-    assert seen[0] is None
-    assert seen[1] is not None
+
+async def test_what_was_asked_under_an_earlier_deadline_is_asked_again_for_who_has_more_time(flights):
+    """Another service was given the leader's time, and cannot be given a follower's later on."""
+    given_s, expire = [], asyncio.Event()
+
+    async def work():
+        given_s.append(round(deadlines.remaining_s()))
+        if len(given_s) == 1:
+            await expire.wait()
+            raise Expired("no answer in time")
+        return "done"
+
+    leader = asyncio.create_task(run_within(flights, work, 5))
+    await settle()
+    follower = asyncio.create_task(run_within(flights, work, 300))
+    await settle()
+    expire.set()
+    assert await asyncio.gather(leader, follower) == ["done", "done"]
+    assert given_s == [5, 300]
+
+
+async def test_work_whose_time_is_up_for_all_who_wait_is_not_done_again(flights):
+    begun, expire = [], asyncio.Event()
+
+    async def work():
+        begun.append(1)
+        await expire.wait()
+        raise Expired("no answer in time")
+
+    leader = asyncio.create_task(run_within(flights, work, 300))
+    await settle()
+    follower = asyncio.create_task(run_within(flights, work, 5))
+    await settle()
+    expire.set()
+    for each in (leader, follower):
+        with pytest.raises(Expired):
+            await each
+    assert begun == [1]
 
 
 async def test_a_follower_outlives_a_leader_whose_time_is_up(flights):
