@@ -19,7 +19,9 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
+from hiprune import auth
 from hiprune.errors import Exhausted, InvalidInput
+from hiprune.fairness import Turns
 
 MAX_HELD_BYTES: Final = 2**30
 """Of all requests that are being served and answers that are being sent; each is in memory about twice, as
@@ -32,7 +34,9 @@ MAX_FIELDS: Final = 100_000
 BYTES_A_FIELD: Final = 256
 """A request has at most MAX_FIELDS fields, or one for each so many of its bytes."""
 _THREAD_BYTES: Final = 256 * 2**10
-"""Requests above it are parsed off the event loop."""
+"""Requests above it are parsed off the event loop, tenants in turn."""
+_MAX_WAITING: Final = 4096
+"""Of requests that wait to be parsed, in MiB and one for each: more than those that are held can come to."""
 
 Parse = Callable[[bytes], Message]
 
@@ -43,8 +47,10 @@ class Intake:
     def __init__(self, max_held_bytes: int = MAX_HELD_BYTES) -> None:
         self._max_held_bytes = max_held_bytes
         self._held = 0
+        self._held_by: dict[str, int] = {}  # owners, of those who hold anything
         self._limits: Mapping[str, int] = {}
         self._parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
+        self._turns = Turns(1, _MAX_WAITING, self._full)
 
     def limit(self, request_bytes: Mapping[str, int]) -> None:
         """Sets the largest request of each method, by its path; a method that is not named has no bound."""
@@ -64,21 +70,38 @@ class Intake:
                 f"{size} bytes of request, expected at most {most}: what its fields can hold",
                 reason="LIMIT_EXCEEDED",
             )
-        if self._held and self._held + size > self._max_held_bytes:
+        owner = auth.current().tenant.name
+        own, free = self._held_by.get(owner, 0) + size, self._max_held_bytes - self._held - size
+        # no owner holds more than is left for the others: one alone half of all, two a third each
+        if size and self._held and own > free:
             raise Exhausted(
-                f"requests of {self._held} bytes are being served, {size} more; "
-                f"at most {self._max_held_bytes}",
+                f"requests of {self._held} bytes are being served, {own - size} of them of this tenant's, "
+                f"{size} more; at most {self._max_held_bytes}, and of one tenant's no more than stay free",
                 retry_after_s=1,
             )
-        self._held += size
-        try:
+        with self._holding(owner, size):
             if size > _THREAD_BYTES:
-                loop = asyncio.get_running_loop()
-                yield await loop.run_in_executor(self._parser, _read, method, request, parse)
+                async with self._turns.take(owner, 1 + size // 2**20):
+                    loop = asyncio.get_running_loop()
+                    message = await loop.run_in_executor(self._parser, _read, method, request, parse)
+                yield message
             else:
                 yield _read(method, request, parse)
+
+    @contextmanager
+    def _holding(self, owner: str, size: int) -> Iterator[None]:
+        self._held += size
+        self._held_by[owner] = self._held_by.get(owner, 0) + size
+        try:
+            yield
         finally:
             self._held -= size
+            self._held_by[owner] -= size
+            if not self._held_by[owner]:
+                del self._held_by[owner]
+
+    def _full(self) -> Exhausted:
+        return Exhausted(f"{self._turns.waiting} large requests wait to be read", retry_after_s=1)
 
     @contextmanager
     def answer(self, size: int) -> Iterator[None]:
@@ -86,11 +109,8 @@ class Intake:
 
         A client that does not read its answers keeps us from taking more requests, not from memory.
         """
-        self._held += size
-        try:
+        with self._holding(auth.current().tenant.name, size):
             yield
-        finally:
-            self._held -= size
 
 
 def check_fields(data: bytes, kind: Descriptor, *, most: int) -> None:

@@ -1,11 +1,14 @@
 """Bytes that would become more memory than a request can need never become a message."""
 
 import asyncio
+import threading
 
 import pytest
 from google.protobuf.internal import encoder
 from google.protobuf.message import DecodeError
 
+from hiprune import auth
+from hiprune.auth import Caller, Tenant
 from hiprune.errors import Exhausted, InvalidInput
 from hiprune.intake import BYTES_A_FIELD, MAX_FIELDS, SMALL_REQUEST, Intake, check_fields
 from hiprune.v1 import encoder_service_pb2, llm_service_pb2, media_pb2, pruner_service_pb2, tensor_pb2
@@ -153,6 +156,60 @@ async def test_requests_that_are_served_hold_a_bounded_number_of_bytes() -> None
     await taken(intake, request)  # what was refused is no longer held
     # one that is alone is let in, whatever its size
     assert (await taken(intake, AskImage(model="m" * 600).SerializeToString())).model
+
+
+async def held(intake: Intake, tenant: str, size: int, until: asyncio.Event) -> None:
+    auth.enter(Caller(Tenant(tenant)))
+    request = AskImage(model="m" * (size - 2 if size < 130 else size - 3)).SerializeToString()
+    assert len(request) == size
+    async with intake.message(ASK, request, AskImage.FromString):
+        await until.wait()
+
+
+async def test_no_tenant_holds_more_than_is_left_for_the_others() -> None:
+    intake, end = Intake(max_held_bytes=1200), asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def is_let_in(tenant: str, size: int) -> bool:
+        tasks.append(asyncio.create_task(held(intake, tenant, size, end)))
+        await asyncio.sleep(0)
+        return not tasks[-1].done()
+
+    flood = [await is_let_in("flood", 200) for _ in range(5)]
+    assert flood == [True, True, True, False, False]  # half of all
+    other = [await is_let_in("other", 100) for _ in range(5)]
+    assert other == [True, True, True, False, False]  # half of what the flood has left
+    assert await is_let_in("third", 100)
+    with pytest.raises(Exhausted, match="900 bytes are being served, 300 of them of this tenant's, 100 more"):
+        await tasks[9]
+    end.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert (intake._held, intake._held_by) == (0, {})
+
+
+async def test_tenants_take_turns_at_being_read() -> None:
+    intake, begun, go_on = Intake(), threading.Event(), threading.Event()
+    order: list[str] = []
+    request = AskImage(model="m" * 300_000).SerializeToString()
+
+    async def read(tenant: str) -> None:
+        auth.enter(Caller(Tenant(tenant)))
+
+        def parse(data: bytes) -> AskImage:
+            order.append(tenant)
+            begun.set()
+            go_on.wait()
+            return AskImage.FromString(data)
+
+        await taken(intake, request, parse)
+
+    tasks = [asyncio.create_task(read("flood")) for _ in range(6)]
+    await asyncio.to_thread(begun.wait)
+    tasks += [asyncio.create_task(read("other")) for _ in range(2)]
+    await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(*tasks)
+    assert order[:4] == ["flood", "other", "flood", "other"]
 
 
 async def test_one_that_leaves_while_it_is_read_is_no_longer_held() -> None:
