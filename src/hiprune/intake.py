@@ -96,9 +96,9 @@ class Intake:
             yield
         finally:
             self._held -= size
-            self._held_by[owner] -= size
-            if not self._held_by[owner]:
-                del self._held_by[owner]
+            left = self._held_by.pop(owner, 0) - size
+            if left:
+                self._held_by[owner] = left
 
     def _full(self) -> Exhausted:
         return Exhausted(f"{self._turns.waiting} large requests wait to be read", retry_after_s=1)

@@ -187,6 +187,15 @@ async def test_no_tenant_holds_more_than_is_left_for_the_others() -> None:
     assert (intake._held, intake._held_by) == (0, {})
 
 
+@pytest.mark.parametrize("size", [0, 10])
+async def test_a_request_and_its_answer_count_until_both_are_gone(size) -> None:
+    intake = Intake()
+    async with intake.message(ASK, b"", AskImage.FromString):
+        with intake.answer(size), intake.answer(0):
+            assert intake._held == size
+    assert (intake._held, intake._held_by) == (0, {})
+
+
 async def test_tenants_take_turns_at_being_read() -> None:
     intake, begun, go_on = Intake(), threading.Event(), threading.Event()
     order: list[str] = []
