@@ -485,7 +485,8 @@ class PruneTokensRequest(_message.Message):
     VISION_DIGEST_FIELD_NUMBER: _builtins.int
     DEEP_LAYER_FIELD_NUMBER: _builtins.int
     question: _builtins.str
-    """The question itself, at most the service's max_text_chars (default 32768) characters.
+    """The question itself, at most the service's max_text_chars (default 32768) characters, and max_text_chunks
+    (default 16) times what its text encoder reads at a time, 75 tokens for CLIP.
     Needs this pruner's own text model, `vision_digest`, and `aligned` in every view.
     """
     vision_digest: _builtins.str
@@ -606,7 +607,9 @@ class PruneImageRequest(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     QUESTION_FIELD_NUMBER: _builtins.int
     question: _builtins.str
-    """The question, for HIPRUNE_PLUS_PLUS: at most the service's max_text_chars (default 32768) characters; empty: none."""
+    """The question, for HIPRUNE_PLUS_PLUS: at most the service's max_text_chars (default 32768) characters, and
+    max_text_chunks (default 16) times what its text encoder reads at a time, 75 tokens for CLIP; empty: none.
+    """
     @_builtins.property
     def media(self) -> _media_pb2.Media:
         """The image or video; required."""
