@@ -164,6 +164,7 @@ class Peer(Generic[Stub]):
         self._make_stub = make_stub
         self._max_message_bytes = settings.max_message_bytes
         self._default_s = settings.default_deadline_ms / 1000
+        self._longest_s = settings.max_deadline_ms / 1000
         self._token = settings.peer_token.get_secret_value()
         self._is_known = settings.is_known_at(address)
         uses_tls = settings.tls_ca and not auth.is_unix(address)
@@ -224,7 +225,7 @@ class Peer(Generic[Stub]):
             return
         self._certificates.look(at_most_every_s=LOOK_EVERY_S)
         if self._certificates.generation != self._generation:
-            closing = asyncio.create_task(self._channel.close(grace=self._default_s))
+            closing = asyncio.create_task(self._channel.close(grace=self._longest_s))
             self._leaving.add(closing)
             closing.add_done_callback(self._leaving.discard)
             self._connect()
