@@ -119,9 +119,11 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         await _charge(pruned.summary)
 
         def answer() -> bytes:
-            return pruner_service_pb2.PruneTokensResponse(
-                views=pruned.views, summary=pruned.summary, timings=clock.to_proto()
-            ).SerializeToString()
+            response = pruner_service_pb2.PruneTokensResponse
+            whole = response(summary=pruned.summary, timings=clock.to_proto()).SerializeToString()
+            # messages one behind the other are one, and the interpreter is held for one view at a time
+            views = [response(views=[view]).SerializeToString() for view in pruned.views]
+            return b"".join((*views, whole))
 
         return await self._workers.run(answer, cost)
 
