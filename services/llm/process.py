@@ -14,6 +14,7 @@ from hiprune.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from hiprune.config import ConfigError
 from hiprune.errors import Unavailable
 from hiprune.intake import ROOM, SMALL_REQUEST
+from hiprune.server import CanFail
 from hiprune.v1 import llm_service_pb2_grpc
 from services.llm.chat import load_chat
 from services.llm.engines.base import Engine
@@ -63,6 +64,14 @@ class LlmService:
             await self._pruner.close()
         if self._model is not None:
             await self._model.engine.stop()
+
+    async def failed(self) -> str:
+        """See `hiprune.server.CanFail`: an engine apart may end by itself."""
+        engine = self.loaded().engine
+        if isinstance(engine, CanFail):
+            return await engine.failed()
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
 
     def request_bytes(self) -> Mapping[str, int]:
         """See `hiprune.server.Service`: a conversation with media, or with all rows that fit a prompt."""

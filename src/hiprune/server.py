@@ -11,7 +11,7 @@ import stat
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import Any, Final, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import grpc
 from google.protobuf.message import Message
@@ -74,6 +74,18 @@ class Service(Protocol):
         """The largest request of each method, by its path, in bytes; asked once it is ready."""
 
 
+@runtime_checkable
+class CanFail(Protocol):
+    """A service, or a part of one, that may find that it can serve no more."""
+
+    async def failed(self) -> str:
+        """Returns when that is so, and says why."""
+
+
+class ServiceFailed(Exception):
+    """The service can serve no more; a supervisor is to start it again."""
+
+
 S = TypeVar("S", bound=ServiceSettings)
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
@@ -93,10 +105,16 @@ def main(settings_class: type[S], make: Callable[[S], Service]) -> None:
     except (ConfigError, CheckpointError) as error:
         print(f"hiprune {settings_class.service}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except ServiceFailed as error:
+        print(f"hiprune {settings_class.service}: can serve no more: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
 
 
 async def run(settings: ServiceSettings, service: Service) -> None:
-    """Serves until SIGTERM or SIGINT, then drains: NOT_SERVING, running requests finish, it leaves."""
+    """Serves until SIGTERM or SIGINT, then drains: NOT_SERVING, running requests finish, it leaves.
+
+    Raises ServiceFailed, after the same, when the service finds that it can serve no more.
+    """
     door = Door.of(settings)
     certificates = Certificates.of(settings)
     gate = RequestGate(
@@ -140,6 +158,7 @@ async def run(settings: ServiceSettings, service: Service) -> None:
     _say_who_may_call(settings)
     await server.start()
     door.open()
+    failure = ""
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -155,7 +174,7 @@ async def run(settings: ServiceSettings, service: Service) -> None:
             for name in readiness:
                 await health.set(name, health_pb2.HealthCheckResponse.SERVING)
             log.info("ready on %s", settings.listen)
-            await waiting
+            failure = await _until_told_or_failed(waiting, service)
         log.info("draining" if starting.done() else "told to stop while loading")
         for name in readiness:
             await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
@@ -173,6 +192,21 @@ async def run(settings: ServiceSettings, service: Service) -> None:
             logging.shutdown()
             sys.stdout.flush()
             os._exit(0)
+    if failure:
+        raise ServiceFailed(failure)
+
+
+async def _until_told_or_failed(told: asyncio.Task[bool], service: Service) -> str:
+    """Returns when the process is told to stop; or why the service cannot go on, if that comes first."""
+    if not isinstance(service, CanFail):
+        await told
+        return ""
+    failing = asyncio.create_task(service.failed())
+    await asyncio.wait({told, failing}, return_when=asyncio.FIRST_COMPLETED)
+    if not failing.done():
+        failing.cancel()
+        return ""
+    return failing.result()
 
 
 def _bind(server: grpc.aio.Server, settings: ServiceSettings, certificates: Certificates | None) -> None:

@@ -354,7 +354,7 @@ class Sleeper(encoder_service_pb2_grpc.EncoderServiceServicer):
     names = ("hiprune.v1.EncoderService",)
 
     def __init__(self, settings):
-        pass
+        self.broken = asyncio.Event()
 
     def register(self, server):
         encoder_service_pb2_grpc.add_EncoderServiceServicer_to_server(self, server)
@@ -366,6 +366,10 @@ class Sleeper(encoder_service_pb2_grpc.EncoderServiceServicer):
     async def stop(self):
         print("stopped", flush=True)
 
+    async def failed(self):
+        await self.broken.wait()
+        return "it broke"
+
     def request_bytes(self):
         return {}
 
@@ -374,6 +378,9 @@ class Sleeper(encoder_service_pb2_grpc.EncoderServiceServicer):
 
     async def EncodeImage(self, request, context):
         print("encoding", flush=True)
+        if request.media.image == b"break":
+            self.broken.set()
+            await asyncio.sleep(30)
         await asyncio.sleep(float(request.media.image))
         return pb.EncodeImageResponse(fingerprint=pb.ModelFingerprint(family="slept"))
 
@@ -523,6 +530,22 @@ async def test_a_service_that_is_stopped_while_it_starts_leaves_without_being_re
     server.popen.send_signal(signal.SIGTERM)
     await server.says("stopped")
     assert await server.end() == 0  # though the thread that was loading never ends
+
+
+async def test_a_service_that_can_serve_no_more_says_so_and_leaves_with_code_1(process):
+    server = process("--drain-ms=500")
+    await server.says("starting")
+    server.go_on()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        await until(lambda: is_ready(channel))
+        stub = encoder_service_pb2_grpc.EncoderServiceStub(channel)
+        image = media_pb2.Media(image=b"break")
+        running = stub.EncodeImage(encoder_service_pb2.EncodeImageRequest(media=image), timeout=30)
+        await server.says("encoding")
+        assert type(await error_of(running)) is Unavailable
+    await server.says("stopped")
+    assert await server.end() == 1
+    assert "can serve no more: it broke" in server.popen.stderr.read()
 
 
 async def test_an_address_that_cannot_be_bound_is_one_line_and_code_2(process):
