@@ -198,6 +198,33 @@ def demo(
         raise typer.Exit(1) from error
 
 
+@app.command(name="export-lm")
+def export_lm(
+    source: Annotated[Path, typer.Argument(help="directory of a vision-language model")],
+    target: Annotated[Path, typer.Argument(help="directory to write; must not be there, or be empty")],
+) -> None:
+    """Write a model's language part as a checkpoint of its own, for a vLLM server that runs elsewhere."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from hiprune.checkpoints import CheckpointError
+    from hiprune.lm_export import export_language_model
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    try:
+        with Progress(*columns, console=err) as bar:
+            task = bar.add_task("copying")
+            made = export_language_model(
+                source, target, lambda done, total: bar.update(task, completed=done, total=total)
+            )
+    except (CheckpointError, OSError) as error:
+        err.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
+    out.print(
+        f"{target}: {made.tensors} tensors, {made.copied_bytes / 2**20:.1f} MB copied, "
+        f"{made.linked_files} files linked"
+    )
+
+
 def _leave_in_order() -> None:
     """Any request to stop ends the stack front to back, once: a second one does not interrupt that."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

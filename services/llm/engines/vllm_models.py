@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
@@ -15,27 +14,17 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
+from hiprune.lm_export import language_name
 from services.llm.engines.packing import unpack
 from services.llm.engines.vllm_plugin import PENALTY_KEY
 
 _AXES: Final = 3
-_LAYOUTS: Final = (
-    (re.compile(r"^language_model\.model\."), "model."),
-    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"^model\.language_model\."), "model."),
-)
-"""The language model's keys in the layouts of checkpoints, and what vLLM calls them."""
-_OWN: Final = re.compile(r"^(model\.(embed_tokens|layers|norm)|lm_head)\.")
-"""What a language model consists of; the rest of a checkpoint is other services' affair."""
 
 
 def language_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
     """The language model's among a checkpoint's weights, by vLLM's names."""
     for stored, tensor in weights:
-        name = stored
-        for pattern, replacement in _LAYOUTS:
-            name = pattern.sub(replacement, name)
-        if _OWN.match(name):
+        if (name := language_name(stored)) is not None:
             yield name, tensor
 
 
