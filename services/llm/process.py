@@ -140,6 +140,17 @@ def make_engine(settings: Settings, checkpoint: Checkpoint, adapter: Adapter, pl
     """The engine that the settings name, not started. Raises CheckpointError, ConfigError."""
     if settings.engine == "transformers":
         return TransformersEngine(checkpoint.path, adapter.language, placement, settings.max_concurrency)
+    if settings.engine == "vllm-http":
+        from services.llm.engines.vllm_http import VllmHttpEngine
+
+        return VllmHttpEngine(
+            checkpoint.path,
+            adapter.language,
+            placement,
+            settings.max_concurrency,
+            settings.url,
+            settings.url_key.get_secret_value(),
+        )
     try:
         from services.llm.engines.vllm import VllmEngine
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from hiprune.config import ServiceSettings
 
@@ -25,9 +25,15 @@ class Settings(ServiceSettings):
     model_name: Annotated[str, Field(max_length=200)] = Field(
         "", description="name that clients may give as `model`; empty: the hub id or the directory's name"
     )
-    engine: Literal["transformers", "vllm"] = Field(
-        "transformers", description="what runs the model: transformers, in this process, or vllm"
+    engine: Literal["transformers", "vllm", "vllm-http"] = Field(
+        "transformers",
+        description="what runs the model: transformers, in this process; vllm, in processes of its own; "
+        "vllm-http, a vLLM server elsewhere",
     )
+    url: Annotated[str, Field(pattern=r"^(https?://[^/@]+(/.*)?)?$")] = Field(
+        "", description="address of the vLLM server, http://HOST:PORT; vllm-http alone"
+    )
+    url_key: SecretStr = Field(SecretStr(""), description="the vLLM server's API key; vllm-http alone")
     tensor_parallel_size: int = Field(1, ge=1, le=1024, description="GPUs that share each layer; vllm alone")
     pipeline_parallel_size: int = Field(
         1, ge=1, le=1024, description="groups of GPUs that share the layers; vllm alone"

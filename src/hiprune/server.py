@@ -98,7 +98,7 @@ def main(settings_class: type[S], make: Callable[[S], Service]) -> None:
             level=settings.log_level.upper(),
             format=f"%(asctime)s %(levelname)s {settings.service} %(name)s: %(message)s",
         )
-        for chatty in ("httpx", "huggingface_hub"):
+        for chatty in ("httpx", "httpx2", "huggingface_hub"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         telemetry.set_up(settings.service, settings.otlp_endpoint)
         asyncio.run(run(settings, make(settings)))

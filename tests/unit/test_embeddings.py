@@ -49,3 +49,34 @@ def test_vllm_where_there_is_none_is_refused_by_setting(tmp_path):
     path = make_llava(tmp_path)
     with pytest.raises(ConfigError, match=r"^engine \(--engine\): got 'vllm', which is not installed here"):
         load(Settings.read(["--model", str(path), "--engine", "vllm"], {}))
+
+
+REMOTE = ["--engine", "vllm-http", "--url", "http://127.0.0.1:9"]
+
+
+async def test_a_server_that_is_not_there_is_refused_by_setting_and_address(tmp_path):
+    model = load(Settings.read(["--model", str(make_llava(tmp_path)), *REMOTE], {}))
+    with pytest.raises(ConfigError, match=r"^url \(--url\): no vLLM server .* answers at http://127.0.0.1:9"):
+        await model.engine.start()
+    await model.engine.stop()
+
+
+def test_positions_of_three_axes_are_not_for_a_server_elsewhere(tmp_path):
+    with pytest.raises(ConfigError, match="use vllm or transformers"):
+        load(Settings.read(["--model", str(make_qwen2_5_vl(tmp_path)), *REMOTE], {}))
+
+
+def test_a_server_elsewhere_needs_an_address(tmp_path):
+    with pytest.raises(ConfigError, match=r"^url \(--url\): is empty"):
+        load(Settings.read(["--model", str(make_llava(tmp_path)), "--engine", "vllm-http"], {}))
+    with pytest.raises(ConfigError, match="url"):
+        Settings.read(["--url", "file:///etc/passwd"], {})
+
+
+def test_what_an_engine_does_not_do_is_refused_at_the_start(tmp_path):
+    make_llava(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.3, "eos_token_id": 3}')
+    with pytest.raises(
+        CheckpointError, match=r"repetition_penalty is 1.3, which the engine vllm-http does not"
+    ):
+        load(Settings.read(["--model", str(tmp_path), *REMOTE], {}))

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from hiprune.checkpoints import CheckpointError
 
 
 def read_generation_config(path: Path, config: Any) -> Any:
@@ -39,3 +42,34 @@ def end_tokens(settings: Any) -> frozenset[int]:
     """Tokens that end the model's turn."""
     ends = settings.eos_token_id
     return frozenset(ends if isinstance(ends, list) else [ends] if ends is not None else [])
+
+
+_HARMLESS: Final[Mapping[str, Any]] = {
+    "no_repeat_ngram_size": 0,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_new_tokens": None,
+    "min_length": 0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": None,
+}
+"""Settings that transformers' own `generate` heeds, and what they are where they do nothing."""
+
+
+def refuse_beyond(settings: Any, path: Path, engine: str, **harmless: Any) -> None:
+    """What the authors set and an engine does not do would change answers: better none at all.
+
+    `harmless` are settings beyond the list above, and their values that do nothing. Raises CheckpointError.
+    """
+    for name, nothing in {**_HARMLESS, **harmless}.items():
+        value = getattr(settings, name, None)
+        if value not in (None, nothing):
+            raise CheckpointError(
+                f"{path}: generation_config.json: {name} is {value!r}, which the engine {engine} does not "
+                "do; use the engine transformers"
+            )

@@ -14,7 +14,7 @@ import logging
 import os
 import shlex
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import ExitStack, aclosing
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from hiprune.errors import Internal, Unavailable
 from hiprune.telemetry import stage
 from services.llm.engines import packing
 from services.llm.engines.base import Job, Step
-from services.llm.engines.defaults import end_tokens, read_generation_config
+from services.llm.engines.defaults import end_tokens, read_generation_config, refuse_beyond
 from services.llm.engines.embeddings import EmbeddingTable
 from services.llm.engines.vllm_plugin import ARCHITECTURES, PENALTY, PENALTY_KEY, language_config
 from services.llm.families import LanguagePart
@@ -85,7 +85,7 @@ class VllmEngine:
         self._max_concurrency = max_concurrency
         self._table = EmbeddingTable(path, placement)
         self._defaults = read_generation_config(path, self._config)
-        _refuse_unknown_defaults(self._defaults, path)
+        refuse_beyond(self._defaults, path, self.name)
         self.end_tokens = end_tokens(self._defaults)
         self.context_length = int(self._config.max_position_embeddings)
         self._engine: Any = None
@@ -237,30 +237,3 @@ def read_arguments(text: str, model: Path) -> Any:
     if unknown:
         raise ConfigError(f"vllm_args (--vllm-args): vLLM has no argument {unknown[0]!r}")
     return AsyncEngineArgs.from_cli_args(parsed)
-
-
-_REFUSED: Final[Mapping[str, Any]] = {
-    "no_repeat_ngram_size": 0,
-    "suppress_tokens": None,
-    "begin_suppress_tokens": None,
-    "bad_words_ids": None,
-    "sequence_bias": None,
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "min_new_tokens": None,
-    "min_length": 0,
-    "encoder_repetition_penalty": 1.0,
-    "exponential_decay_length_penalty": None,
-    "guidance_scale": None,
-}
-
-
-def _refuse_unknown_defaults(settings: Any, path: Path) -> None:
-    """What the authors set and this engine does not do would change answers: better none at all."""
-    for name, harmless in _REFUSED.items():
-        value = getattr(settings, name, None)
-        if value not in (None, harmless):
-            raise CheckpointError(
-                f"{path}: generation_config.json: {name} is {value!r}, which the engine vllm does not do; "
-                "use the engine transformers"
-            )
