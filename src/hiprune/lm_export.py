@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from hiprune.checkpoints import CheckpointError, StoredTensor, stored_tensors
+from hiprune.language_part import has_mrope, language_config, language_name
 
 ARCHITECTURES: Final = {
     "llama": "LlamaForCausalLM",
@@ -27,12 +27,6 @@ ARCHITECTURES: Final = {
 }
 """What stock classes are called, by `model_type`."""
 
-_LAYOUTS: Final = (
-    (re.compile(r"^language_model\.model\."), "model."),
-    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"^model\.language_model\."), "model."),
-)
-_OWN: Final = re.compile(r"^(model\.(embed_tokens|layers|norm)|lm_head)\.")
 _BESIDE: Final = (
     "generation_config.json",
     "tokenizer.json",
@@ -55,14 +49,6 @@ class Exported:
     tensors: int
     copied_bytes: int
     linked_files: int
-
-
-def language_name(stored: str) -> str | None:
-    """What a tensor of the language model is called in a checkpoint of its own; None for another part's."""
-    name = stored
-    for pattern, replacement in _LAYOUTS:
-        name = pattern.sub(replacement, name)
-    return name if _OWN.match(name) else None
 
 
 def export_language_model(
@@ -131,8 +117,8 @@ def _language_config(source: Path) -> Any:
         config = AutoConfig.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source}: config.json: {error}") from error
-    text = config.get_text_config()
-    if "mrope_section" in (getattr(text, "rope_parameters", None) or {}):
+    text = language_config(config)
+    if has_mrope(text):
         raise CheckpointError(
             f"{source}: {text.model_type} has positions of three axes, which no stock server of language "
             "models computes for pruned images: use the engine vllm, which needs no export"
@@ -141,10 +127,7 @@ def _language_config(source: Path) -> Any:
         raise CheckpointError(
             f"{source}: the language model is {text.model_type!r}, expected one of {', '.join(ARCHITECTURES)}"
         )
-    if text is not config:
-        # where stock ties the output to the input embeddings, which the whole model's config decides
-        text.tie_word_embeddings = config.tie_word_embeddings
-        text.dtype = text.dtype or config.dtype
+    text.dtype = text.dtype or config.dtype
     text.architectures = [ARCHITECTURES[text.model_type]]
     return text
 

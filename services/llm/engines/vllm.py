@@ -26,6 +26,7 @@ from hiprune import telemetry
 from hiprune.checkpoints import CheckpointError
 from hiprune.config import ConfigError
 from hiprune.errors import Internal, Unavailable
+from hiprune.language_part import has_mrope
 from hiprune.telemetry import stage
 from services.llm.engines import packing
 from services.llm.engines.base import Job, Step
@@ -80,7 +81,7 @@ class VllmEngine:
                 f"{path}: the engine vllm has no class of ours for {self._config.model_type!r}, expected one "
                 f"of {', '.join(ARCHITECTURES)}"
             )
-        self._mrope = "mrope_section" in (getattr(self._config, "rope_parameters", None) or {})
+        self._mrope = has_mrope(self._config)
         self._arguments = read_arguments(arguments, path)
         self._max_concurrency = max_concurrency
         self._table = EmbeddingTable(path, placement)

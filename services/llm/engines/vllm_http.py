@@ -23,6 +23,7 @@ import torch
 from hiprune import deadlines
 from hiprune.config import ConfigError
 from hiprune.errors import Internal, Unavailable
+from hiprune.language_part import has_mrope
 from hiprune.telemetry import stage
 from services.llm.engines.base import Job, Step
 from services.llm.engines.defaults import end_tokens, read_generation_config, refuse_beyond
@@ -53,7 +54,7 @@ class VllmHttpEngine:
     ) -> None:
         """`key` is the server's `--api-key`. Raises ConfigError, CheckpointError."""
         config = language.config.get_text_config()
-        if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        if has_mrope(config):
             raise ConfigError(
                 f"engine (--engine): got 'vllm-http', and positions of {config.model_type} have three axes, "
                 "which that server does not take: use vllm or transformers"

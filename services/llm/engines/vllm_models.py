@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from hiprune.lm_export import language_name
+from hiprune.language_part import language_name
 from services.llm.engines.packing import unpack
 from services.llm.engines.vllm_plugin import PENALTY_KEY
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from hiprune import language_part
+
 ARCHITECTURES: Final = {
     "llama": "HipruneLlama",
     "mistral": "HipruneMistral",
@@ -34,11 +36,8 @@ def register() -> None:
 
 def language_config(config: Any) -> Any:
     """The language model's part of a checkpoint's config, for vLLM's setting `hf_overrides`."""
-    text = config.get_text_config()
-    if text.model_type not in ARCHITECTURES:  # vLLM asks about a dummy first, to see what the type becomes
-        return config
-    if text is not config:
-        # where stock ties the output to the input embeddings, which the whole model's config decides
-        text.tie_word_embeddings = config.tie_word_embeddings
+    if config.get_text_config().model_type not in ARCHITECTURES:
+        return config  # vLLM asks about a dummy first, to see what the type becomes
+    text = language_part.language_config(config)
     text.architectures = [ARCHITECTURES[text.model_type]]
     return text

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 
 from hiprune.checkpoints import Checkpoint
 from hiprune.errors import InvalidInput
+from hiprune.language_part import LAYOUTS, language_config
 from hiprune.loading import load_module
 from services.llm.families import LanguagePart, SplicedPrompt, splice_rows
 from services.llm.placement import Placement
 from services.llm.visual import VisualTokens
 
-# the three layouts in which checkpoints of this family are stored
-LANGUAGE_KEYS: Final[Mapping[str, str]] = {
-    r"^language_model\.model\.": "model.",
-    r"^language_model\.lm_head": "lm_head",
-    r"^model\.language_model\.": "model.",
-}
 PROJECTOR_PREFIXES: Final = ("multi_modal_projector.", "model.multi_modal_projector.")
 
 
@@ -94,7 +89,4 @@ def language_part(config: Any) -> LanguagePart:
     """The language model of a checkpoint whose text part is a causal model of its own class."""
     from transformers import AutoModelForCausalLM
 
-    text_config = config.text_config
-    # where stock ties the output to the input embeddings, which the family's own config decides, so does this
-    text_config.tie_word_embeddings = config.tie_word_embeddings
-    return LanguagePart(AutoModelForCausalLM, text_config, LANGUAGE_KEYS)
+    return LanguagePart(AutoModelForCausalLM, language_config(config), LAYOUTS)
