@@ -98,20 +98,41 @@ class ServiceSettings(BaseModel):
         600_000, ge=1000, le=86_400_000, description="age at which a client must reconnect, in milliseconds"
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads for model work; 0 lets torch decide")
-    otlp_endpoint: str = Field("", description="OTLP collector HOST:PORT for traces; empty: silent")
+    otlp_endpoint: Annotated[str, Field(pattern=r"^((https?://)?[^\s/]+:\d+)?$")] = Field(
+        "",
+        description="OTLP collector for traces and metrics, HOST:PORT for gRPC in plain text, "
+        "https://HOST:PORT for TLS; empty: neither is sent",
+    )
+    trace_ratio: float = Field(
+        1.0,
+        ge=0.0,
+        le=1.0,
+        description="share of requests that are traced, where their caller has not decided it already",
+    )
+    metrics_listen: Annotated[str, Field(pattern=r"^(\S+:\d+)?$")] = Field(
+        "", description="HOST:PORT on which Prometheus finds /metrics, for everybody; empty: nowhere"
+    )
     log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = Field(
         "info", description="debug, info, warning or error"
+    )
+    log_format: Annotated[str, Field(pattern=r"^(text|json)$")] = Field(
+        "text", description="text for people, or json: one object a line, with trace and span ids"
     )
 
     @field_validator("listen")
     @classmethod
-    def _port_exists(cls, listen: str) -> str:
+    def _sockets_have_files(cls, listen: str) -> str:
         if listen.startswith("unix-abstract:"):
             # such a socket has no file, so no permissions: everybody on the machine would count as a service
             raise ValueError("HOST:PORT or unix:PATH")
-        if not listen.startswith("unix:") and int(listen.rpartition(":")[2]) > 65_535:
-            raise ValueError("a port up to 65535")  # gRPC would take the lower 16 bits and say nothing
         return listen
+
+    @field_validator("listen", "metrics_listen", "otlp_endpoint")
+    @classmethod
+    def _port_exists(cls, address: str) -> str:
+        if address and not address.startswith("unix:") and int(address.rpartition(":")[2]) > 65_535:
+            raise ValueError("a port up to 65535")  # gRPC would take the lower 16 bits and say nothing
+        return address
 
     @model_validator(mode="after")
     def _strangers_only_by_consent(self) -> Self:
