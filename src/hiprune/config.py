@@ -1,7 +1,8 @@
 """Settings: read once, at start, from flags and an injected environment into a frozen object.
 
 A flag wins over a variable, a variable over the default. A bad value names the key, the value and what
-was expected. Settings that every service has stand here; each service adds its own in `settings.py`.
+was expected. Settings that every process has stand here, and those that every gRPC service has; each adds its
+own in `settings.py`.
 """
 
 from __future__ import annotations
@@ -30,36 +31,18 @@ class ConfigError(Exception):
     """A setting is wrong. The message names the key, the value and what was expected."""
 
 
-class ServiceSettings(BaseModel):
-    """What every service needs to know."""
+class ProcessSettings(BaseModel):
+    """What every process needs to know, whatever it speaks."""
 
     # the input of an error would be every setting, secrets too, in whatever prints the cause
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
     env_prefix: ClassVar[str] = "HIPRUNE_"
     service: ClassVar[str] = "service"
-    peers_wanted: ClassVar[bool] = False
-    """Other services are this one's usual callers: once it can tell them, it refuses strangers."""
-    next_hop: ClassVar[str] = ""
-    """The setting with the address of the service that this one calls; empty: it calls none."""
 
     listen: Annotated[str, Field(pattern=r"^(unix:.+|.+:\d+)$")] = Field(
         "127.0.0.1:50050", description="address to serve on: HOST:PORT or unix:PATH"
     )
-    model: str = Field(str(EMBEDDED_MODEL), description="Hugging Face directory or hub id of the model")
     allow_anonymous: bool = Field(False, description="serve strangers beyond this machine without keys")
-    tenants: str = Field(
-        "",
-        description="file of tenants and their hashed keys, as `hiprune tenant add` writes it; with one, "
-        "callers need a key",
-    )
-    limits_redis_url: SecretStr = Field(
-        SecretStr(""),
-        description="URL of the Redis in which replicas count tenants' limits together; empty: each alone",
-    )
-    peer_token: SecretStr = Field(
-        SecretStr(""),
-        description="secret by which services know each other, the same for all, at least 16 characters",
-    )
     tls_cert: str = Field(
         "", description="PEM file of the certificate to serve with, and to show to other services"
     )
@@ -68,9 +51,6 @@ class ServiceSettings(BaseModel):
         "",
         description="PEM file of the authority whose certificates other services must have; with one, this "
         "service calls others by TLS, but on Unix sockets",
-    )
-    tls_client_auth: bool = Field(
-        False, description="serve only those who show a certificate of tls_ca's; they count as services"
     )
     max_message_bytes: int = Field(
         256 * 2**20, ge=2**20, le=2**31 - 1, description="largest gRPC message, in bytes"
@@ -94,10 +74,6 @@ class ServiceSettings(BaseModel):
     drain_ms: int = Field(
         30_000, ge=0, le=3_600_000, description="time for running requests after SIGTERM, in milliseconds"
     )
-    max_connection_age_ms: int = Field(
-        600_000, ge=1000, le=86_400_000, description="age at which a client must reconnect, in milliseconds"
-    )
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads for model work; 0 lets torch decide")
     otlp_endpoint: Annotated[str, Field(pattern=r"^((https?://)?[^\s/]+:\d+)?$")] = Field(
         "",
         description="OTLP collector for traces and metrics, HOST:PORT for gRPC in plain text, "
@@ -135,16 +111,6 @@ class ServiceSettings(BaseModel):
         return address
 
     @model_validator(mode="after")
-    def _strangers_only_by_consent(self) -> Self:
-        tells_peers = self.tls_client_auth or self.peers_only
-        if not (self.allow_anonymous or self.tenants or tells_peers or is_private(self.listen)):
-            raise ValueError(
-                f"listen is {self.listen!r}, reachable from other machines, and no tenants are configured: "
-                "use a loopback address or a Unix socket, or set tenants or allow_anonymous"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _the_default_deadline_is_allowed(self) -> Self:
         if self.default_deadline_ms > self.max_deadline_ms:
             raise ValueError(
@@ -154,32 +120,11 @@ class ServiceSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _trust_is_complete(self) -> Self:
-        token = self._secret("peer_token")
-        if token and len(token) < 16:
-            raise ValueError(f"{self._named('peer_token')}: {len(token)} characters, expected at least 16")
+    def _a_certificate_has_a_key(self) -> Self:
         if bool(self.tls_cert) != bool(self.tls_key):
             missing = "tls_key" if self.tls_cert else "tls_cert"
             raise ValueError(f"{self._named(missing)}: is empty, expected a file as its other half is given")
-        if self.tls_client_auth and not (self.tls_cert and self.tls_ca):
-            raise ValueError(f"{self._named('tls_client_auth')}: needs tls_cert, tls_key and tls_ca")
-        there = getattr(self, self.next_hop) if self.next_hop else ""
-        if self.tenants and there and not self.is_known_at(there):
-            raise ValueError(
-                f"{self._named('tenants')}: the {self.next_hop} at {there!r} has no reason to believe this "
-                "service whose request it sends: set peer_token on both, or TLS with tls_client_auth there, "
-                "or use a Unix socket"
-            )
         return self
-
-    def is_known_at(self, address: str) -> bool:
-        """Whether a service at an address can tell that this one calls."""
-        return is_unix(address) or bool(self._secret("peer_token")) or bool(self.tls_cert and self.tls_ca)
-
-    @property
-    def peers_only(self) -> bool:
-        """Whether callers without a key must be other services."""
-        return self.peers_wanted and (self.tls_client_auth or bool(self._secret("peer_token")))
 
     def _secret(self, name: str) -> str:
         value: SecretStr = getattr(self, name)
@@ -188,11 +133,6 @@ class ServiceSettings(BaseModel):
     def _named(self, name: str) -> str:
         """A setting by all its names, for messages."""
         return f"{name} (--{name.replace('_', '-')}, {self.env_prefix}{name.upper()})"
-
-    @property
-    def max_request_bytes(self) -> int:
-        """Largest message to receive: a service that can need no more than less says so."""
-        return self.max_message_bytes
 
     @classmethod
     def read(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Self:
@@ -234,3 +174,74 @@ class ServiceSettings(BaseModel):
             f"{name} (--{name.replace('_', '-')}, {cls.env_prefix}{name.upper()}): "
             f"got {got}, expected: {problem['msg'].removeprefix('Value error, ')}"
         )
+
+
+class ServiceSettings(ProcessSettings):
+    """What every gRPC service needs to know besides."""
+
+    peers_wanted: ClassVar[bool] = False
+    """Other services are this one's usual callers: once it can tell them, it refuses strangers."""
+    next_hop: ClassVar[str] = ""
+    """The setting with the address of the service that this one calls; empty: it calls none."""
+
+    model: str = Field(str(EMBEDDED_MODEL), description="Hugging Face directory or hub id of the model")
+    tenants: str = Field(
+        "",
+        description="file of tenants and their hashed keys, as `hiprune tenant add` writes it; with one, "
+        "callers need a key",
+    )
+    limits_redis_url: SecretStr = Field(
+        SecretStr(""),
+        description="URL of the Redis in which replicas count tenants' limits together; empty: each alone",
+    )
+    peer_token: SecretStr = Field(
+        SecretStr(""),
+        description="secret by which services know each other, the same for all, at least 16 characters",
+    )
+    tls_client_auth: bool = Field(
+        False, description="serve only those who show a certificate of tls_ca's; they count as services"
+    )
+    max_connection_age_ms: int = Field(
+        600_000, ge=1000, le=86_400_000, description="age at which a client must reconnect, in milliseconds"
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads for model work; 0 lets torch decide")
+
+    @model_validator(mode="after")
+    def _strangers_only_by_consent(self) -> Self:
+        tells_peers = self.tls_client_auth or self.peers_only
+        if not (self.allow_anonymous or self.tenants or tells_peers or is_private(self.listen)):
+            raise ValueError(
+                f"listen is {self.listen!r}, reachable from other machines, and no tenants are configured: "
+                "use a loopback address or a Unix socket, or set tenants or allow_anonymous"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trust_is_complete(self) -> Self:
+        token = self._secret("peer_token")
+        if token and len(token) < 16:
+            raise ValueError(f"{self._named('peer_token')}: {len(token)} characters, expected at least 16")
+        if self.tls_client_auth and not (self.tls_cert and self.tls_ca):
+            raise ValueError(f"{self._named('tls_client_auth')}: needs tls_cert, tls_key and tls_ca")
+        there = getattr(self, self.next_hop) if self.next_hop else ""
+        if self.tenants and there and not self.is_known_at(there):
+            raise ValueError(
+                f"{self._named('tenants')}: the {self.next_hop} at {there!r} has no reason to believe this "
+                "service whose request it sends: set peer_token on both, or TLS with tls_client_auth there, "
+                "or use a Unix socket"
+            )
+        return self
+
+    def is_known_at(self, address: str) -> bool:
+        """Whether a service at an address can tell that this one calls."""
+        return is_unix(address) or bool(self._secret("peer_token")) or bool(self.tls_cert and self.tls_ca)
+
+    @property
+    def peers_only(self) -> bool:
+        """Whether callers without a key must be other services."""
+        return self.peers_wanted and (self.tls_client_auth or bool(self._secret("peer_token")))
+
+    @property
+    def max_request_bytes(self) -> int:
+        """Largest message to receive: a service that can need no more than less says so."""
+        return self.max_message_bytes
