@@ -6,6 +6,7 @@ ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/ready
+VLLM_BIN := .venv-vllm/bin
 VLLM_READY := .venv-vllm/ready
 NODE := tests/node/node_modules/.package-lock.json
 
@@ -24,11 +25,12 @@ up: $(READY) ## keep the three services running and print their address
 test: $(READY) ## every test that needs Python alone
 	@$(BIN)/pytest -m "not extra" $(ARGS)
 
-test-all: check $(NODE) ## the linters, and the tests that need Node.js; what `make test` leaves out
+test-all: check $(NODE) $(VLLM_READY) ## the linters, and all that `make test` leaves out: Node.js, vLLM, faults, fuzzing
 	@$(BIN)/pytest -m "extra and not vllm"
+	@$(VLLM_BIN)/python -m pytest -m vllm tests/vllm
 
 test-vllm: $(VLLM_READY) ## the tests of the engine vllm, in an environment of its own
-	@.venv-vllm/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+	@$(VLLM_BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
 # how many times as many inputs as test-all tries, drawn anew each time: TIMES=20 takes about half an hour
 TIMES ?= 20
