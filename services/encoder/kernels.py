@@ -90,7 +90,7 @@ def supports(head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def available() -> bool:
-    """Whether Triton can be imported and finds a C compiler, which it needs at run time."""
+    """Whether Triton can be imported and finds a C compiler at run time, or what that would make."""
     return _absence() is None
 
 
@@ -220,7 +220,9 @@ def _absence() -> str | None:
         import triton  # noqa: F401
     except Exception as error:  # a broken installation raises more than ImportError
         return f"triton cannot be imported: {error}"
-    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+    # a cache of another kind may hold what a compiler would make: see `services.encoder.triton_cache`
+    ready = os.environ.get("CC") or os.environ.get("TRITON_CACHE_MANAGER")
+    if not (ready or shutil.which("gcc") or shutil.which("clang")):
         return "triton needs a C compiler at run time: install gcc, or name one in CC"
     return None
 

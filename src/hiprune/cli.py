@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
 import signal
@@ -88,6 +89,8 @@ def _check_picture(path: Path) -> None:
         raise typer.BadParameter(
             f"{path.parent}: not a folder that can be written to", param_hint="--overlay"
         )
+    if importlib.util.find_spec("PIL") is None:
+        raise typer.BadParameter("drawing needs Pillow: install hiprune[overlay]", param_hint="--overlay")
 
 
 def parse_method(text: str) -> pruner_service_pb2.Method.ValueType:
@@ -162,8 +165,11 @@ def up(
     port: Annotated[int, typer.Option(help="port of the llm service on 127.0.0.1", min=0, max=65535)] = 50053,
     model: Model = str(EMBEDDED_MODEL),
     redis: Annotated[bool, typer.Option(help="cache in a private Redis, else in the process")] = True,
+    http_port: Annotated[
+        int, typer.Option(help="port of the HTTP gateway on 127.0.0.1, where it is installed", max=65535)
+    ] = 8080,
 ) -> None:
-    """Runs Redis and the three services on this machine until Ctrl-C."""
+    """Runs Redis, the three services and the HTTP gateway on this machine until Ctrl-C."""
     from hiprune.stack import Stack, StackError
 
     _leave_in_order()
@@ -171,6 +177,9 @@ def up(
         with Stack(
             model=model, port=port, redis=redis, progress=lambda step: err.print(f"[dim]{step}[/dim]")
         ) as stack:
+            if importlib.util.find_spec("fastapi") and importlib.util.find_spec("uvicorn"):
+                gateway = stack.start_gateway(http_port)
+                out.print(f"ready: [bold]http://{gateway}/v1[/bold]   (for clients of OpenAI's API)")
             out.print(f"ready: [bold]{stack.address}[/bold]   (Ctrl-C stops it)")
             out.print(f'try:   hiprune ask IMAGE "question" --address {stack.address}', markup=False)
             while not (ended := [name for name, each in stack.processes.items() if each.poll() is not None]):

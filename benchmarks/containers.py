@@ -1,0 +1,509 @@
+"""Claim: the images hold what they need and no more, and the stack of docker-compose.yml comes back.
+
+    deploy/smoke.sh [--no-build]
+
+- Images: built, their sizes by layer, and what each shows of itself when it runs: its user, what can be
+  written, that there is no compiler, no pip, no GPU wheel and no other service in it.
+- A pod's start: the pruner first, alive and ready while there is no encoder, then everything.
+- Answers: `hiprune ask` with each method; rows that cross from encoder to pruner through shared memory.
+- `kill -9` of everything in each container in turn, under questions about pictures that nobody has seen: none
+  is answered wrong, and how long it takes until the next right answer.
+- A pod's end, under the same: the pruner is told to stop, and the encoder when that is gone; then the rest.
+  What was asked before is answered.
+
+Starts a Compose project of its own on a port of its own, and removes it. Knows Docker by its commands alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks import report
+from hiprune.client import Client
+from hiprune.errors import HipruneError
+from hiprune.stack import free_port
+from hiprune.v1 import pruner_service_pb2
+
+CLAIM: Final = (
+    "the images hold what they need and no more, and the stack answers, comes back after kill -9 of any of "
+    "its containers and loses no request when it is told to stop"
+)
+ROOT: Final = Path(__file__).resolve().parents[1]
+SAMPLES: Final = ROOT / "models" / "shapes" / "samples"
+SERVICES: Final = ("encoder", "pruner", "llm")
+CONTAINERS: Final = ("redis", *SERVICES)
+METHODS: Final = ("none", "hiprune", "hiprune++")
+PROJECT: Final = "hiprune-smoke"
+SHARED: Final = "an answer's rows came through shared memory"
+READY: Final = "ready on"
+START_S: Final = 300.0
+LOAD: Final = 4
+"""Questions under way at a time."""
+
+LOOK_INSIDE: Final = """
+import importlib.util, json, os, shutil, torch
+def writable(folder):
+    try:
+        open(os.path.join(folder, 'probe'), 'w').close()
+        return True
+    except OSError:
+        return False
+print(json.dumps({
+    'user': os.getuid(),
+    'services': sorted(e.name for e in os.scandir('/app/services') if e.is_dir() and e.name != '__pycache__'),
+    'compilers': [name for name in ('cc', 'gcc', 'clang', 'g++') if shutil.which(name)],
+    'pip': importlib.util.find_spec('pip') is not None,
+    'pillow': importlib.util.find_spec('PIL') is not None,
+    'torch_cuda': torch.version.cuda,
+    'writable': [each for each in ('/', '/app', '/opt', '/opt/venv', '/run', '/tmp') if writable(each)],
+}))
+"""
+
+
+def main() -> None:
+    """Runs the steps in order; ends with 1 and a sentence where one finds something wrong."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--no-build", action="store_true", help="take the images that are there")
+    chosen = options.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        stack = Compose(Path(scratch))
+        try:
+            results, problems = asyncio.run(run(stack, build=not chosen.no_build))
+        finally:
+            stack.remove()
+    path = report.write("containers", CLAIM, {"compose": stack.version, "load": LOAD}, results)
+    show(results)
+    print(f"written to {path.relative_to(ROOT)}")
+    if problems:
+        raise SystemExit("smoke: " + "; ".join(problems))
+
+
+async def run(stack: Compose, *, build: bool) -> tuple[dict[str, Any], list[str]]:
+    """What was found, and what of it is wrong."""
+    problems: list[str] = []
+    results: dict[str, Any] = {"engine": docker("version", "--format", "{{.Server.Version}}").strip()}
+    if build:
+        say("building the images")
+        begun = time.monotonic()
+        stack("build", *SERVICES, show=True)
+        results["build_s"] = round(time.monotonic() - begun, 1)
+    say("looking into the images")
+    results["images"] = look_at_images(stack.version_of_images, problems)
+    say("starting the pruner, with no encoder there")
+    results["start"] = start_like_a_pod(stack, problems)
+    async with Client(stack.address, timeout_s=10) as client:
+        asker = Asker(client)
+        say("asking")
+        results["answers"] = ask_by_command(stack, problems)
+        await asker.settle()
+        if SHARED not in stack.logs("pruner"):
+            problems.append("no row came through shared memory")
+        results["shared_memory"] = stack.logs("pruner").count(SHARED)
+        results["kill"] = {}
+        for name in reversed(CONTAINERS):
+            say(f"kill -9 of everything in {name}")
+            results["kill"][name] = await kill(stack, asker, name, problems)
+        say("stopping the pod of encoder and pruner, and then the rest")
+        results["stop"] = await stop_like_a_pod(stack, asker, problems)
+    return results, problems
+
+
+# --- the images ------------------------------------------------------------------------------------------
+
+
+def look_at_images(version: str, problems: list[str]) -> dict[str, Any]:
+    """Sizes by layer and what each image is like when it runs."""
+    found: dict[str, Any] = {}
+    layers: dict[str, list[str]] = {}
+    for service in SERVICES:
+        image = f"hiprune/{service}:{version}"
+        told = json.loads(docker("image", "inspect", image))[0]
+        layers[service] = told["RootFS"]["Layers"]
+        inside = json.loads(
+            docker(
+                *("run", "--rm", "--read-only", "--cap-drop=ALL", "--network=none", "--tmpfs=/tmp"),
+                *("--entrypoint=python", image, "-c", LOOK_INSIDE),
+            )
+        )
+        found[service] = {"bytes": told["Size"], "layers": layers_of(image), "inside": inside}
+        wrong = {
+            "runs as root": inside["user"] == 0,
+            "holds a compiler": inside["compilers"],
+            "holds pip in its environment": inside["pip"],
+            f"holds other services: {inside['services']}": inside["services"] != [service],
+            "holds a GPU's torch": inside["torch_cuda"],
+            "holds an image decoder that it does not need": inside["pillow"] and service != "encoder",
+            f"can write to {inside['writable']}": inside["writable"] != ["/tmp"],
+        }
+        problems += [f"the image of {service} {what}" for what, is_so in wrong.items() if is_so]
+    common = sum(len(set(each)) == 1 for each in zip(*layers.values(), strict=False))
+    if common < 2:
+        problems.append("the images share no layer but the base")
+    shared = sum(layer["bytes"] for layer in found["encoder"]["layers"][:common])
+    together = sum(each["bytes"] for each in found.values()) - (len(SERVICES) - 1) * shared
+    return {**found, "shared_bytes": shared, "together_bytes": together}
+
+
+def layers_of(image: str) -> list[dict[str, Any]]:
+    """The layers that hold something, from the base up."""
+    lines = docker("history", "--no-trunc", "--human=false", "--format={{.Size}}\t{{.CreatedBy}}", image)
+    found = []
+    for line in reversed(lines.splitlines()):
+        size, _, made_by = line.partition("\t")
+        if int(size):
+            words = made_by.replace("/bin/sh -c #(nop)", "").split()
+            found.append({"bytes": int(size), "made_by": " ".join(words)[:80]})
+    return found
+
+
+# --- the stack -------------------------------------------------------------------------------------------
+
+
+def start_like_a_pod(stack: Compose, problems: list[str]) -> dict[str, Any]:
+    """Redis and the pruner first; and when that is healthy, the rest. Seconds from each one's start."""
+    stack("up", "-d", "redis")
+    stack("up", "-d", "--no-deps", "pruner")
+    stack.wait_healthy("pruner")
+    if stack.container("encoder"):
+        problems.append("the encoder was started with the pruner")
+    alone = stack.health_inside("pruner", "liveness"), stack.health_inside("pruner", "")
+    say("starting the encoder and the language model")
+    begun = time.monotonic()
+    stack("up", "-d", "encoder", "llm")
+    for name in CONTAINERS:
+        stack.wait_healthy(name)
+    whole = time.monotonic() - begun
+    return {
+        "pruner_alone": {"alive": alone[0], "ready": alone[1]},
+        "ready_s": {name: stack.ready_s(name) for name in SERVICES},
+        "healthy_s": {name: stack.healthy_s(name) for name in CONTAINERS},
+        "encoder_and_llm_in_order_s": round(whole, 1),
+    }
+
+
+def ask_by_command(stack: Compose, problems: list[str]) -> dict[str, Any]:
+    """`hiprune ask` as a person would, with each method."""
+    question = json.loads((SAMPLES / "questions.json").read_text("utf-8"))[0]
+    found = {}
+    for method in METHODS:
+        picture = str(SAMPLES / question["image"])
+        command = [str(Path(sys.executable).parent / "hiprune"), "ask", picture, question["question"]]
+        options = ["--address", stack.address, "--method", method, "--json"]
+        answer = json.loads(
+            subprocess.run([*command, *options], capture_output=True, text=True, check=True).stdout
+        )
+        usage = answer["completion"]["usage"]
+        found[method] = {
+            "answer": answer["answer"],
+            "visual_tokens": [usage["visualTokensBefore"], usage["visualTokensAfter"]],
+        }
+        if answer["answer"].strip() != question["truth"]:
+            problems.append(f"{method} answers {answer['answer']!r}, expected {question['truth']!r}")
+    return found
+
+
+async def kill(stack: Compose, asker: Asker, name: str, problems: list[str]) -> dict[str, Any]:
+    """Kills everything in a container while questions are asked, until it is back and they are answered."""
+    started = stack.started(name)
+    asker.begin()
+    load = asyncio.create_task(asker.load())
+    await asyncio.sleep(1.0)
+    begun = time.monotonic()
+    await asyncio.to_thread(stack.kill_inside, name)
+    while stack.started(name) == started:
+        if time.monotonic() - begun > START_S:
+            problems.append(f"{name} was not started again")
+            break
+        await asyncio.sleep(0.1)
+    back = time.monotonic()
+    await asyncio.to_thread(stack.wait_healthy, name)
+    healthy_s = time.monotonic() - begun
+    while asker.last_right < back and time.monotonic() - begun < START_S:  # noqa: ASYNC110  # a count
+        await asyncio.sleep(0.1)
+    first_right = next((at for at in asker.right_at if at > back), None)
+    await asyncio.sleep(1.0)
+    asker.end()
+    await load
+    if asker.wrong:
+        problems.append(f"{asker.wrong} wrong answers around the end of {name}")
+    if first_right is None:
+        problems.append(f"no right answer after the end of {name}")
+    if name == "redis" and asker.refused:
+        problems.append(f"{sum(asker.refused.values())} requests failed for want of Redis")
+    return {
+        "started_again_s": round(back - begun, 2),
+        "right_answer_s": None if first_right is None else round(first_right - begun, 2),
+        "healthy_s": round(healthy_s, 1),
+        **asker.summary(),
+    }
+
+
+async def stop_like_a_pod(stack: Compose, asker: Asker, problems: list[str]) -> dict[str, Any]:
+    """The pruner is told first, the encoder when it is gone; then the front door and Redis."""
+    asker.begin()
+    load = asyncio.create_task(asker.load())
+    await asyncio.sleep(2.0)
+    told = time.monotonic()
+    for name in ("pruner", "encoder"):
+        await asyncio.to_thread(docker, "stop", "--time=60", stack.container(name))
+    gone_s = time.monotonic() - told
+    await asyncio.sleep(0.5)
+    asker.end()
+    await load
+    lost = [begun for begun, _ in asker.failures if begun < told]
+    if lost:
+        problems.append(f"{len(lost)} requests were lost that had begun before the pod was told to stop")
+    if asker.wrong:
+        problems.append(f"{asker.wrong} wrong answers while the pod stopped")
+    stack("stop", "--timeout", "60")
+    codes = {name: stack.state(name)["ExitCode"] for name in SERVICES}
+    problems += [f"{name} left with code {code}" for name, code in codes.items() if code]
+    return {"pod_gone_s": round(gone_s, 1), "lost": len(lost), "exit_codes": codes, **asker.summary()}
+
+
+class Asker:
+    """Asks about pictures that nobody has seen, several at a time, and counts how that ends."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        question = json.loads((SAMPLES / "questions.json").read_text("utf-8"))[0]
+        self._question = question["question"]
+        self._picture = (SAMPLES / question["image"]).read_bytes()
+        self._asked = 0
+        self._going = False
+        self._expected = ""
+        self.begin()
+
+    def begin(self) -> None:
+        """Counts from nothing."""
+        self.right_at: list[float] = []
+        self.last_right = 0.0
+        self.wrong = 0
+        self.failures: list[tuple[float, str]] = []
+        self._going = True
+
+    def end(self) -> None:
+        """Asks nothing more; what is under way ends by itself."""
+        self._going = False
+
+    @property
+    def refused(self) -> Counter[str]:
+        """How many failed, by their status."""
+        return Counter(kind for _, kind in self.failures)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts, for the results."""
+        return {"right": len(self.right_at), "wrong": self.wrong, "refused": dict(self.refused)}
+
+    async def settle(self) -> None:
+        """What the right answer is: the same picture has always the same one."""
+        self._expected = await self._ask()
+
+    async def load(self) -> None:
+        """Asks until `end`."""
+        await asyncio.gather(*(self._keep_asking() for _ in range(LOAD)))
+
+    async def _keep_asking(self) -> None:
+        while self._going:
+            begun = time.monotonic()
+            try:
+                answer = await self._ask()
+            except HipruneError as error:
+                self.failures.append((begun, type(error).__name__))
+                await asyncio.sleep(0.1)
+                continue
+            if answer == self._expected:
+                self.last_right = time.monotonic()
+                self.right_at.append(self.last_right)
+            else:
+                self.wrong += 1
+
+    async def _ask(self) -> str:
+        self._asked += 1
+        policy = pruner_service_pb2.PrunePolicy(method=pruner_service_pb2.METHOD_HIPRUNE)
+        picture = noted(self._picture, str(self._asked))
+        return (await self._client.ask(self._question, picture, policy=policy)).text
+
+
+def noted(png: bytes, words: str) -> bytes:
+    """The same picture in other bytes: a PNG with a note behind its header. Pixels stay as they are."""
+    body = b"tEXt" + b"Comment\0" + words.encode("latin-1")
+    chunk = (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    behind_header = 8 + 25  # the signature, and IHDR with its length, name and checksum
+    return png[:behind_header] + chunk + png[behind_header:]
+
+
+class Compose:
+    """A Compose project of its own on the repository's file: `stack("up", "-d")`."""
+
+    def __init__(self, scratch: Path) -> None:
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
+        self._program = ["docker-compose"] if plugin.returncode else ["docker", "compose"]
+        if plugin.returncode and shutil.which("docker-compose") is None:
+            raise SystemExit("smoke: neither `docker compose` nor `docker-compose` is there")
+        # so that small answers show the way that large ones take, and say so
+        override = scratch / "override.yml"
+        override.write_text(
+            "services:\n"
+            "  encoder: {environment: {HIPRUNE_ENCODER_SHARED_MEMORY_MIN_BYTES: '1'}}\n"
+            "  pruner: {environment: {HIPRUNE_PRUNER_LOG_LEVEL: debug}}\n",
+            "utf-8",
+        )
+        files = [
+            "--project-directory",
+            str(ROOT),
+            "-f",
+            str(ROOT / "docker-compose.yml"),
+            "-f",
+            str(override),
+        ]
+        self._options = ["-p", PROJECT, *files]
+        self._environ = {**os.environ, "HIPRUNE_PORT": str(port)}
+        self.version = self._run("version", "--short").strip()
+        settings = dict(
+            line.split("=", 1)
+            for line in (ROOT / ".env").read_text("utf-8").splitlines()
+            if "=" in line and not line.startswith("#")
+        )
+        self.version_of_images = self._environ.get("HIPRUNE_VERSION", settings["HIPRUNE_VERSION"])
+
+    def __call__(self, *arguments: str, show: bool = False) -> str:
+        """One command of Compose's. Ends with its words where it fails."""
+        return self._run(*self._options, *arguments, show=show)
+
+    def _run(self, *arguments: str, show: bool = False) -> str:
+        command = [*self._program, *arguments]
+        output = None if show else subprocess.PIPE
+        ran = subprocess.run(
+            command, cwd=ROOT, env=self._environ, stdout=output, stderr=output, text=True, check=False
+        )
+        if ran.returncode:
+            raise SystemExit(f"smoke: {' '.join(command)}\n{ran.stdout or ''}{ran.stderr or ''}")
+        return ran.stdout or ""
+
+    def remove(self) -> None:
+        """Everything of the project, its volumes and networks too."""
+        self("down", "--volumes", "--timeout", "60")
+
+    def container(self, name: str) -> str:
+        """Its id; empty where there is none."""
+        return self("ps", "-a", "-q", name).strip() if self._is_v2 else self("ps", "-q", name).strip()
+
+    @property
+    def _is_v2(self) -> bool:
+        return self._program[0] == "docker"
+
+    def state(self, name: str) -> dict[str, Any]:
+        """What Docker says of it."""
+        told: dict[str, Any] = json.loads(docker("inspect", "--format={{json .State}}", self.container(name)))
+        return told
+
+    def started(self, name: str) -> str:
+        """When it was last started."""
+        return str(self.state(name)["StartedAt"])
+
+    def logs(self, name: str) -> str:
+        """Everything that it has written."""
+        return docker("logs", self.container(name))
+
+    def wait_healthy(self, name: str) -> None:
+        """Returns when its health check says so. Ends with its last words where it takes too long."""
+        deadline = time.monotonic() + START_S
+        while (state := self.state(name))["Health"]["Status"] != "healthy" or not state["Running"]:
+            if time.monotonic() > deadline:
+                tail = "\n".join(self.logs(name).splitlines()[-20:])
+                raise SystemExit(f"smoke: {name} is {state['Status']}, {state['Health']}\n{tail}")
+            time.sleep(0.2)
+
+    def ready_s(self, name: str) -> float | None:
+        """Seconds from its start to the line in its log that says it is ready."""
+        lines = docker("logs", "--timestamps", self.container(name)).splitlines()
+        at = next((line.split()[0] for line in lines if READY in line), None)
+        return None if at is None else round(seconds_between(self.started(name), at), 1)
+
+    def healthy_s(self, name: str) -> float:
+        """Seconds from its start to the end of the first health check that found it well."""
+        state = self.state(name)
+        ends = [each["End"] for each in state["Health"]["Log"] if each["ExitCode"] == 0]
+        return round(seconds_between(state["StartedAt"], ends[0]), 1)
+
+    def health_inside(self, name: str, asked: str) -> bool:
+        """What its own health command says."""
+        command = ["docker", "exec", self.container(name), "python", "-m", "hiprune.health", name, asked]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    def kill_inside(self, name: str) -> None:
+        """kill -9 of all its processes: after Docker's own `kill` nothing would be started again."""
+        ours = ["python", "-c", "import os; os.kill(-1, 9)"]
+        program = ["sh", "-c", "kill -9 -1"] if name == "redis" else ours
+        subprocess.run(["docker", "exec", self.container(name), *program], capture_output=True, check=False)
+
+
+def docker(*arguments: str) -> str:
+    """One command of Docker's: what it prints, errors too. Ends with that where it fails."""
+    ran = subprocess.run(
+        ["docker", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if ran.returncode:
+        raise SystemExit(f"smoke: docker {' '.join(arguments)}\n{ran.stdout}")
+    return ran.stdout
+
+
+def seconds_between(first: str, second: str) -> float:
+    """Two of Docker's moments: 2026-11-22T22:31:00.123456789Z, or with an offset from UTC."""
+
+    def moment(text: str) -> datetime:
+        head, _, rest = text.partition(".")
+        digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+        zone = rest[len(digits) :].strip()
+        return datetime.fromisoformat(f"{head}.{digits[:6] or '0'}{zone.replace('Z', '+00:00')}")
+
+    return (moment(second) - moment(first)).total_seconds()
+
+
+def say(step: str) -> None:
+    """One line a step."""
+    print(f"smoke: {step}", flush=True)
+
+
+def show(results: dict[str, Any]) -> None:
+    """The figures as tables."""
+    images, start = results["images"], results["start"]
+
+    def mb(size: int) -> str:
+        return f"{size / 1e6:.0f}"
+
+    rows: list[Sequence[object]] = [
+        (name, mb(images[name]["bytes"]), start["ready_s"][name], start["healthy_s"][name])
+        for name in SERVICES
+    ]
+    report.table("images", ("", "MB", "ready, s", "healthy, s"), rows)
+    together, shared = mb(images["together_bytes"]), mb(images["shared_bytes"])
+    print(f"the three together {together} MB, of which shared {shared} MB")
+    rows = [
+        (name, each["started_again_s"], each["right_answer_s"], each["right"], sum(each["refused"].values()))
+        for name, each in results["kill"].items()
+    ]
+    report.table("kill -9", ("", "started again, s", "right answer, s", "right", "refused"), rows)
+
+
+if __name__ == "__main__":
+    main()
