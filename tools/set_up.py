@@ -18,7 +18,7 @@ import sys
 import time
 
 OLDEST = (3, 11)
-EXTRAS = "encoder,pruner,llm,dev"
+EXTRAS = "encoder,pruner,llm,gateway,dev"
 
 ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 APART = sys.argv[1:] == ["vllm"]
