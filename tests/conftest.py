@@ -17,7 +17,7 @@ import pytest
 from hiprune.server import RequestGate
 from hiprune.stack import find_redis
 
-pytest_plugins = ["tests.stacks"]
+pytest_plugins = ["tests.stacks", "tests.observed"]
 
 # a busy machine is no failure of the code under test
 hypothesis.settings.register_profile("patient", deadline=None)

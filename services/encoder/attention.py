@@ -28,6 +28,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hiprune.errors import InvalidInput, Unsupported
+from hiprune.telemetry import note
 from services.encoder import kernels, segments
 
 log = logging.getLogger("hiprune.encoder")
@@ -279,7 +280,8 @@ def _dense_attention(
     if (place := _recorded(module, attention_mask)) is not None:
         scores, layer = place
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-        scores[layer] = column_sums(query, key, scaling=factor)
+        with note(layer):
+            scores[layer] = column_sums(query, key, scaling=factor)
     output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
@@ -305,8 +307,9 @@ def _packed_attention(
     )
     if (place := _recorded(module, attention_mask)) is not None:
         scores, layer = place
-        sums = packed_column_sums(
-            queries, keys, cu_seq_lens_q, scaling=scaling, longest=max_length_q, log_sums=log_sums
-        )
+        with note(layer):
+            sums = packed_column_sums(
+                queries, keys, cu_seq_lens_q, scaling=scaling, longest=max_length_q, log_sums=log_sums
+            )
         scores[layer] = sums.unsqueeze(0)
     return output.unsqueeze(0), None  # (1, n, heads, d)

@@ -36,6 +36,7 @@ class Outcome(Generic[Result]):
     """A result, and what it took."""
 
     result: Result
+    started_s: float  # when its batch did, by time.perf_counter
     queued_s: float  # from submit to the start of its batch
     ran_s: float  # of the whole batch
     batch_size: int  # items
@@ -46,6 +47,7 @@ class _Job(Generic[Item, Result]):
     item: Item
     cost: int
     future: asyncio.Future[Outcome[Result]]
+    on_start: Callable[[], None] | None
     submitted_s: float = field(default_factory=time.perf_counter)
 
 
@@ -85,8 +87,10 @@ class MicroBatcher(Generic[Item, Result]):
         """The cost of what waits; a running batch waits no more."""
         return self._waiting.cost
 
-    async def submit(self, item: Item, owner: str = "") -> Outcome[Result]:
-        """The outcome of an owner's `item`, once its batch has run.
+    async def submit(
+        self, item: Item, owner: str = "", *, on_start: Callable[[], None] | None = None
+    ) -> Outcome[Result]:
+        """The outcome of an owner's `item`, once its batch has run; `on_start` is called when that starts.
 
         Raises `Exhausted` (OVERLOADED) when the queue is full, or when the item has to make room in it;
         `Unavailable` after `close`; and whatever `run` raised for the batch. Cancelled before its batch
@@ -97,7 +101,7 @@ class MicroBatcher(Generic[Item, Result]):
         cost = self._cost(item)
         if self._waiting:
             self._make_room(owner, cost)
-        job: _Job[Item, Result] = _Job(item, cost, asyncio.get_running_loop().create_future())
+        job: _Job[Item, Result] = _Job(item, cost, asyncio.get_running_loop().create_future(), on_start)
         self._waiting.push(owner, job, cost)
         if self._pump is None:
             self._enough.clear()
@@ -154,6 +158,9 @@ class MicroBatcher(Generic[Item, Result]):
     async def _run_batch(self, batch: list[_Job[Item, Result]]) -> None:
         """Run one batch and answer everyone in it; errors go to the submitters and end there."""
         started_s = time.perf_counter()
+        for job in batch:
+            if job.on_start is not None:
+                job.on_start()
         try:
             items = [job.item for job in batch]
             results = await asyncio.get_running_loop().run_in_executor(self._worker, self._checked_run, items)
@@ -168,7 +175,8 @@ class MicroBatcher(Generic[Item, Result]):
         self._batch_s += _SMOOTHING * (ran_s - self._batch_s)
         for job, result in zip(batch, results, strict=True):
             if not job.future.done():
-                job.future.set_result(Outcome(result, started_s - job.submitted_s, ran_s, len(batch)))
+                queued_s = started_s - job.submitted_s
+                job.future.set_result(Outcome(result, started_s, queued_s, ran_s, len(batch)))
 
     def _checked_run(self, items: list[Item]) -> list[Result]:
         """`run`, on the worker thread, held to its contract."""

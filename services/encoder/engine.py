@@ -6,15 +6,16 @@ Knows no gRPC and no family: a family's adapter gives the tower.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
-from hiprune import auth
+from hiprune import auth, telemetry
 from hiprune.errors import Exhausted, InvalidInput
 from hiprune.fairness import Turns
-from hiprune.telemetry import StageClock, stage
+from hiprune.telemetry import Note, StageClock, stage
 from hiprune.v1 import encoder_service_pb2, media_pb2
 from services.encoder.batching import MicroBatcher
 from services.encoder.families import EncodedView, Prepared, Tower
@@ -59,13 +60,17 @@ class VisionEngine:
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
         self._decoding = Turns(settings.decode_threads, settings.max_decoding, self._too_many)
         self._max_decoding = settings.max_decoding
-        self._batcher: MicroBatcher[_Job, list[EncodedView]] = MicroBatcher(
+        self._batcher: MicroBatcher[_Job, tuple[list[EncodedView], list[Note]]] = MicroBatcher(
             self._run,
             cost=lambda job: job.prepared.patches,
             max_batch_cost=settings.max_batch_patches or BATCH_PATCHES[tower.device.type],
             max_queue_cost=settings.max_queue_patches,
             max_wait_ms=settings.max_wait_ms,
         )
+        telemetry.watch("hiprune.queue.depth", lambda: self._decoding.waiting, queue="decode")
+        telemetry.measure("hiprune.queue.limit", settings.max_decoding, queue="decode")
+        telemetry.watch("hiprune.queue.depth", lambda: self._batcher.depth, queue="vision")
+        telemetry.measure("hiprune.queue.limit", settings.max_queue_patches, queue="vision")
 
     async def encode(
         self, media: media_pb2.Media, layers: Collection[int], *, aligned: bool, clock: StageClock
@@ -76,10 +81,33 @@ class VisionEngine:
             async with self._decoding.take(owner):
                 loop = asyncio.get_running_loop()
                 prepared = await loop.run_in_executor(self._decoders, self._prepare, media)
-        outcome = await self._batcher.submit(_Job(prepared, frozenset(layers), aligned), owner)
+        job = _Job(prepared, frozenset(layers), aligned)
+        return Encoded(await self._see(job, owner, clock), prepared.layout)
+
+    async def _see(self, job: _Job, owner: str, clock: StageClock) -> list[EncodedView]:
+        """A job's views, once its batch has run: the batch is in the trace of each request that is in it."""
+        submitted_s = time.perf_counter()
+        started: list[float] = []
+        try:
+            outcome = await self._batcher.submit(
+                job, owner, on_start=lambda: started.append(time.perf_counter())
+            )
+        except BaseException as error:
+            at_s = started[0] if started else time.perf_counter()
+            telemetry.record("queue", submitted_s, at_s - submitted_s, error=None if started else error)
+            if started:
+                telemetry.record("vision", at_s, time.perf_counter() - at_s, error=error)
+            raise
+        views, captured = outcome.result
         clock.add("queue", outcome.queued_s)
         clock.add("vision", outcome.ran_s)
-        return Encoded(outcome.result, prepared.layout)
+        telemetry.record("queue", outcome.started_s - outcome.queued_s, outcome.queued_s)
+        size = {"hiprune.batch.items": outcome.batch_size}
+        vision = telemetry.record("vision", outcome.started_s, outcome.ran_s, attributes=size)
+        for note in captured:
+            layer = {"hiprune.layer": note.layer}
+            telemetry.record("capture", note.started_s, note.seconds, attributes=layer, parent=vision)
+        return views
 
     def _too_many(self) -> Exhausted:
         return Exhausted(
@@ -124,8 +152,11 @@ class VisionEngine:
         rate = video.frames_per_second if video.HasField("frames_per_second") else DEFAULT_RATE
         return self._tower.prepare_video(frames, rate)
 
-    def _run(self, jobs: list[_Job]) -> list[list[EncodedView]]:
+    def _run(self, jobs: list[_Job]) -> list[tuple[list[EncodedView], list[Note]]]:
         """One forward, recording what any of the jobs wants; each gets its own layers and no more."""
+        telemetry.observe("hiprune.batch.items", len(jobs))
+        telemetry.observe("hiprune.batch.patches", sum(job.prepared.patches for job in jobs))
         layers = frozenset().union(*(job.layers for job in jobs))
-        items = self._tower.encode([job.prepared for job in jobs], layers, [job.aligned for job in jobs])
-        return items
+        with telemetry.noting() as captured:
+            items = self._tower.encode([job.prepared for job in jobs], layers, [job.aligned for job in jobs])
+        return [(views, captured) for views in items]

@@ -103,6 +103,8 @@ class LanguageModel:
         job = Job(prompt, request.prompt.token_ids, request.sampling, budget, auth.current().tenant.name)
         async with aclosing(self.engine.generate(job)) as steps:
             async for token, cached in steps:  # noqa: B007  # the last one counts
+                if not generated:
+                    telemetry.first_token()
                 generated.append(token)
                 ended = token in self.engine.end_tokens
                 if not ended and (delta := text.push(token)):
@@ -112,6 +114,11 @@ class LanguageModel:
         if rest := text.finish():
             yield llm_service_pb2.TextDelta(text=rest)
         before = length - prompt.visual_tokens + sum(each.tokens_before for each in media)
+        flops = prefill_flops(self.shape, before), prefill_flops(self.shape, length)
+        telemetry.count("hiprune.tokens.prompt", length)
+        telemetry.count("hiprune.tokens.generated", len(generated))
+        telemetry.count("hiprune.prefill.flops.before", flops[0])
+        telemetry.count("hiprune.prefill.flops.after", flops[1])
         yield llm_service_pb2.Completion(
             finish_reason=llm_service_pb2.FINISH_REASON_STOP
             if ended or text.stopped
@@ -121,8 +128,8 @@ class LanguageModel:
                 completion_tokens=len(generated),
                 visual_tokens_before=sum(each.tokens_before for each in media),
                 visual_tokens_after=prompt.visual_tokens,
-                prefill_flops_before=prefill_flops(self.shape, before),
-                prefill_flops_after=prefill_flops(self.shape, length),
+                prefill_flops_before=flops[0],
+                prefill_flops_after=flops[1],
                 prompt_tokens_cached=cached,
             ),
             timings=clock.to_proto(),

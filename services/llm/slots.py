@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Final
 
-from hiprune import auth
+from hiprune import auth, telemetry
 from hiprune.errors import Exhausted
 from hiprune.fairness import Turns
 from hiprune.telemetry import stage
@@ -20,6 +20,10 @@ class Slots:
     def __init__(self, concurrency: int, queue: int) -> None:
         self._turns = Turns(concurrency, queue, self._full)
         self._queue = queue
+        telemetry.watch("hiprune.queue.depth", lambda: self._turns.waiting, queue="slots")
+        telemetry.measure("hiprune.queue.limit", queue, queue="slots")
+        telemetry.watch("hiprune.running", lambda: self._turns.running, pool="slots")
+        telemetry.measure("hiprune.running.limit", concurrency, pool="slots")
 
     @property
     def running(self) -> int:

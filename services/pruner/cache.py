@@ -195,8 +195,9 @@ class TokenCache:
     async def _get(
         self, keys: TenantKeys, key: bytes, kind: type[M], level: Level, again: bool = False
     ) -> M | None:
-        with stage("cache_get"):
+        with stage("cache_get", {"hiprune.cache.level": level}) as span:
             message, outcome = await self._find(keys, key, kind)
+            span.set_attribute("hiprune.cache.outcome", outcome)
             if self.store.name != "off" and not (again and message is None):
                 telemetry.count("hiprune.cache.lookups", level=level, outcome=outcome)
             return message
@@ -265,7 +266,7 @@ class TokenCache:
         *,
         after: asyncio.Task[None] | None,
     ) -> None:
-        with stage("cache_put"):
+        with stage("cache_put", {"hiprune.cache.level": level}):
             value = await self._off_loop(pack)
             del pack  # and with it the message, or the segment that it lies in
             if value is not None and not self._fits(len(value)):

@@ -13,6 +13,9 @@ from collections.abc import Callable, Coroutine, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from opentelemetry import trace
+from opentelemetry.trace import SpanContext
+
 from hiprune import telemetry
 from hiprune.deadlines import Deadline
 from hiprune.errors import Expired
@@ -25,6 +28,7 @@ Result = TypeVar("Result")
 class _Flight(Generic[Result]):
     task: asyncio.Task[Result]
     deadline: Deadline
+    leader: SpanContext
     waiters: int = 0
 
 
@@ -48,12 +52,14 @@ class SingleFlight(Generic[Key, Result]):
             deadline = Deadline.current()
             context = contextvars.copy_context()
             context.run(deadline.enter)
-            flight = _Flight(asyncio.create_task(_fly(work, deadline), context=context), deadline)
+            leader = trace.get_current_span().get_span_context()
+            flight = _Flight(asyncio.create_task(_fly(work, deadline), context=context), deadline, leader)
             self._flights[key] = flight
             flight.task.add_done_callback(functools.partial(self._landed, key, flight))
         else:
             flight.deadline.extend(Deadline.current())
             telemetry.count("hiprune.cache.joins", scope="process")
+            telemetry.link(flight.leader)
         flight.waiters += 1
         try:
             return await asyncio.shield(flight.task)

@@ -332,6 +332,7 @@ class Breaker:
         self._open_s = open_s
         self._failures = 0
         self._open_until = 0.0
+        telemetry.measure("hiprune.cache.breaker", 0)
 
     def admits(self) -> bool:
         """Whether to try. When the time has come, one is the probe and the others wait for its answer."""

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 
-from hiprune import auth, deadlines, quotas, tensors
+from hiprune import auth, deadlines, quotas, telemetry, tensors
 from hiprune.allowances import check_media
 from hiprune.checkpoints import Checkpoint
 from hiprune.errors import InvalidInput, Mismatch
@@ -73,6 +73,8 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         self._text = text
         self._cache = cache
         self._encoder = encoder
+        self._reader.watch()
+        self._workers.watch()
 
     async def GetPruner(self, request: Any, context: Any) -> pruner_service_pb2.GetPrunerResponse:  # noqa: N802
         """Says which model's images this pruner serves."""
@@ -375,6 +377,9 @@ def _serves(image: encoder_service_pb2.EncodeImageResponse, layers: set[int], al
 async def _charge(summary: pruner_service_pb2.PruneSummary) -> None:
     """Counts the tokens that were kept, where this is the first service of the request. Raises Exhausted."""
     await quotas.current().reserve(summary.tokens_kept, summary.tokens_before)
+    if summary.tokens_before:
+        method = pruner_service_pb2.Method.Name(summary.policy.method).removeprefix("METHOD_").lower()
+        telemetry.observe("hiprune.retention", summary.tokens_kept / summary.tokens_before, method=method)
 
 
 def _answer(

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from hiprune import auth
+from hiprune import auth, telemetry
 from hiprune.errors import Exhausted
 from hiprune.fairness import Turns
 
@@ -27,6 +27,11 @@ class Workers:
         self._max_waiting = max_waiting
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._turns = Turns(threads, max_waiting, self._full)
+
+    def watch(self) -> None:
+        """Shows what waits to whoever reads metrics."""
+        telemetry.watch("hiprune.queue.depth", lambda: self._turns.waiting_cost, queue=self._name)
+        telemetry.measure("hiprune.queue.limit", self._max_waiting, queue=self._name)
 
     @property
     def waiting(self) -> int:

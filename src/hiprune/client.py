@@ -129,12 +129,10 @@ async def call(
 
     Raises the peer's own error, with its reason and field; Unavailable when the peer cannot be reached.
     """
+    timeout_s = deadlines.for_next_hop(default_s)
     try:
-        response = await method(
-            request,
-            timeout=deadlines.for_next_hop(default_s),
-            metadata=(*telemetry.outgoing_metadata(), *metadata),
-        )
+        with telemetry.Call(request) as trace_context:
+            response = await method(request, timeout=timeout_s, metadata=(*trace_context, *metadata))
     except grpc.aio.AioRpcError as error:
         found = from_rpc(error, peer=peer)
         found.retried = retried or NO_RETRY in map(tuple, error.trailing_metadata() or ())
@@ -322,18 +320,18 @@ class Client:
 
         Leaving the loop early cancels the answer.
         """
-        stream = self._image_qa.AskImage(
-            request,
-            timeout=deadlines.for_next_hop(self._timeout_s),
-            metadata=(*telemetry.outgoing_metadata(), *self._credentials),
-        )
+        timeout_s = deadlines.for_next_hop(self._timeout_s)
         try:
-            async for event in stream:
-                yield event
+            with telemetry.Call(request) as trace_context:
+                metadata = (*trace_context, *self._credentials)
+                stream = self._image_qa.AskImage(request, timeout=timeout_s, metadata=metadata)
+                try:
+                    async for event in stream:
+                        yield event
+                finally:
+                    stream.cancel()
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, peer="llm") from error
-        finally:
-            stream.cancel()
 
 
 def question_message(question: str, media: Sequence[bytes | media_pb2.Media]) -> llm_service_pb2.Message:

@@ -153,6 +153,11 @@ class Turns:
         """How many wait for theirs."""
         return len(self._queue)
 
+    @property
+    def waiting_cost(self) -> int:
+        """What those cost who wait."""
+        return self._queue.cost
+
     @asynccontextmanager
     async def take(self, owner: str, cost: int = 1) -> AsyncIterator[None]:
         """A turn of an owner's, once it comes. Raises Exhausted."""

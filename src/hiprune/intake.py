@@ -19,7 +19,7 @@ from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import DecodeError, Message
 
-from hiprune import auth
+from hiprune import auth, telemetry
 from hiprune.errors import Exhausted, InvalidInput
 from hiprune.fairness import Turns
 
@@ -55,6 +55,12 @@ class Intake:
     def limit(self, request_bytes: Mapping[str, int]) -> None:
         """Sets the largest request of each method, by its path; a method that is not named has no bound."""
         self._limits = request_bytes
+
+    def watch(self) -> None:
+        """Shows what is held and what waits to whoever reads metrics."""
+        telemetry.watch("hiprune.intake.held", lambda: self._held)
+        telemetry.watch("hiprune.queue.depth", lambda: self._turns.waiting_cost, queue="parse")
+        telemetry.measure("hiprune.queue.limit", _MAX_WAITING, queue="parse")
 
     @asynccontextmanager
     async def message(self, method: str, request: bytes, parse: Parse) -> AsyncIterator[Message]:

@@ -35,6 +35,8 @@ from hiprune.errors import (
     to_status,
 )
 from hiprune.intake import Intake, Parse
+from hiprune.telemetry import logs
+from hiprune.telemetry.exporters import Exporters
 from hiprune.trust import Certificates
 from hiprune.visitors import Visitors
 
@@ -94,14 +96,12 @@ def main(settings_class: type[S], make: Callable[[S], Service]) -> None:
     """Entry point of `python -m services.X`. A wrong setting or checkpoint is one line and exit code 2."""
     try:
         settings = settings_class.read(sys.argv[1:], os.environ)
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            format=f"%(asctime)s %(levelname)s {settings.service} %(name)s: %(message)s",
-        )
-        for chatty in ("httpx", "httpx2", "huggingface_hub"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
-        telemetry.set_up(settings.service, settings.otlp_endpoint)
-        asyncio.run(run(settings, make(settings)))
+        logs.set_up(settings)
+        exporters = Exporters.of(settings)
+        try:
+            asyncio.run(run(settings, make(settings)))
+        finally:
+            exporters.close()
     except (ConfigError, CheckpointError) as error:
         print(f"hiprune {settings_class.service}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -313,6 +313,9 @@ class RequestGate(grpc.aio.ServerInterceptor):
     def open(self, request_bytes: Mapping[str, int] | None = None) -> None:
         """Lets requests through, each of at most so many bytes as its method's path says."""
         self._intake.limit(request_bytes or {})
+        self._intake.watch()
+        telemetry.watch("hiprune.running", lambda: self._running, pool="requests")
+        telemetry.measure("hiprune.running.limit", self._max_requests, pool="requests")
         self._open = True
 
     async def intercept_service(
@@ -338,28 +341,29 @@ class RequestGate(grpc.aio.ServerInterceptor):
 
         # not a generator: one that waits for a slow client could neither be timed out nor closed in time
         async def guarded(_: object, context: Context) -> None:
-            try:
-                async with (
-                    self._request(context, method),
-                    self._intake.message(method, await _body(context), parse) as asked,
-                ):
-                    if not handler.response_streaming:
-                        # its message is let go: sending takes two copies of the bytes already
-                        answer = serialise(await handler.unary_unary(asked, context))
-                        with self._intake.answer(len(answer)):
-                            await context.write(answer)
-                        return
-                    async with aclosing(handler.unary_stream(asked, context)) as messages:
-                        async for message in messages:
-                            await context.write(serialise(message))
-            except Exception as error:
-                await _abort(context, error)
+            with telemetry.Served(method, context.invocation_metadata()) as served:
+                try:
+                    async with (
+                        self._request(context, method, served),
+                        self._intake.message(method, await _body(context), parse) as asked,
+                    ):
+                        if not handler.response_streaming:
+                            # its message is let go: sending takes two copies of the bytes already
+                            answer = serialise(await handler.unary_unary(asked, context))
+                            with self._intake.answer(len(answer)):
+                                await context.write(answer)
+                            return
+                        async with aclosing(handler.unary_stream(asked, context)) as messages:
+                            async for message in messages:
+                                await context.write(serialise(message))
+                except Exception as error:
+                    await _abort(context, error, served)
 
         return guarded
 
     @asynccontextmanager
-    async def _request(self, context: Context, method: str) -> AsyncIterator[None]:
-        """A request's place, deadline, trace and caller.
+    async def _request(self, context: Context, method: str, served: telemetry.Served) -> AsyncIterator[None]:
+        """A request's place, deadline and caller.
 
         Raises Unavailable before the service is ready; Exhausted; Expired; and as `Door.admit`.
         """
@@ -374,13 +378,11 @@ class RequestGate(grpc.aio.ServerInterceptor):
         if seconds <= 0:
             raise Expired("the deadline had passed when the request arrived")
         deadlines.begin(seconds)
-        telemetry.adopt(
-            {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
-        )
         limit = asyncio.timeout(seconds)
         self._running += 1
         try:
             async with limit, self._door.admit(context, method):
+                served.tenant = auth.current().tenant.name
                 yield
         except TimeoutError as error:
             if not limit.expired():  # somebody else's: a socket's, a library's
@@ -399,7 +401,7 @@ async def _body(context: Context) -> bytes:
     return whole
 
 
-async def _abort(context: Context, error: Exception) -> None:
+async def _abort(context: Context, error: Exception, served: telemetry.Served) -> None:
     """Ends the request with the error's status; what was not foreseen goes to the log, not to the client."""
     if isinstance(error, grpc.aio.AbortError | grpc.aio.InternalError):
         raise error  # ended already; or the client left while an answer was being written
@@ -408,6 +410,7 @@ async def _abort(context: Context, error: Exception) -> None:
         error = Internal("internal error; the service's log has the cause")
     elif isinstance(error, Internal):
         log.error("internal error", exc_info=error)
+    served.failed(error.code, error.reason)
     status = rpc_status.to_status(to_status(error))
     if isinstance(error, Unavailable) and _was_retried(error):
         status = status._replace(trailing_metadata=(*status.trailing_metadata, NO_RETRY))

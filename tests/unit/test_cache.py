@@ -253,7 +253,7 @@ async def test_a_redis_in_trouble_is_counted_and_its_breaker_told(start_redis, c
     async with asyncio.timeout(20):
         while not await store.put(b"k", b"v", owner=b"o"):
             pass
-    assert told == [("hiprune.cache.breaker", 1), ("hiprune.cache.breaker", 0)]
+    assert told == [("hiprune.cache.breaker", state) for state in (0, 1, 0)]
     await store.close()
 
 
@@ -261,15 +261,6 @@ async def test_who_joins_a_flight_is_counted(counted):
     flights: SingleFlight = SingleFlight()
     await asyncio.gather(*(flights.run("k", lambda: asyncio.sleep(0)) for _ in range(3)))
     assert counted == {("joins", "process"): 2}
-
-
-def test_a_metric_that_is_not_declared_is_refused():
-    for call in (lambda: telemetry.count("hiprune.other"), lambda: telemetry.measure("hiprune.other", 1)):
-        with pytest.raises(ValueError, match="not declared"):
-            call()
-    for name in ("lookups", "stored", "failures", "joins"):
-        telemetry.count(f"hiprune.cache.{name}", level="encoded")
-    telemetry.measure("hiprune.cache.breaker", 0)
 
 
 # --- numbers and types ----------------------------------------------------------------------------

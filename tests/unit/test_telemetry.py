@@ -1,5 +1,5 @@
-"""Claims about what is counted for tenants and told to whoever reads traces: with OpenTelemetry's own SDK,
-over real gRPC, and a real Redis that goes away."""
+"""Claims about what is counted for tenants and told of a request to whoever reads traces and logs: with
+OpenTelemetry's own SDK, over real gRPC, and a real Redis that goes away."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from hiprune import auth, quotas, telemetry
 from hiprune.auth import KEY_HEADER, PEER_HEADER, TENANT_HEADER, Limits, Rules, Tenant
 from hiprune.door import Door
-from hiprune.errors import InvalidInput
+from hiprune.errors import Exhausted, Internal, InvalidInput, Unavailable
 from hiprune.limit_stores import RedisStore
 from hiprune.quotas import Quotas
 from hiprune.server import RequestGate
@@ -37,7 +37,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Counts]:
     reader = InMemoryMetricReader()
     provider = MeterProvider([reader])
     monkeypatch.setattr(metrics, "get_meter", provider.get_meter)
-    telemetry._counter.cache_clear()
+    forget_instruments()
 
     def read() -> Counts:
         data = reader.get_metrics_data()
@@ -45,15 +45,35 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Counts]:
         for resource in data.resource_metrics if data else ():
             for scope in resource.scope_metrics:
                 for metric in scope.metrics:
-                    assert metric.unit == telemetry.COUNTERS[metric.name][0]
+                    if metric.name in telemetry.HISTOGRAMS or metric.name == "hiprune.errors":
+                        continue  # of every request, whosever it is
+                    assert metric.unit == telemetry.COUNTERS[metric.name].unit
                     for point in metric.data.data_points:
                         labels = (str(value) for _, value in sorted(point.attributes.items()))
                         found[metric.name.removeprefix("hiprune."), *labels] = int(point.value)
         return found
 
     yield read
-    telemetry._counter.cache_clear()
+    forget_instruments()
     provider.shutdown()
+
+
+def forget_instruments() -> None:
+    """What is recorded next asks OpenTelemetry anew."""
+    for made in (telemetry._counter, telemetry._histogram, telemetry._tracer):
+        made.cache_clear()
+
+
+@pytest.fixture
+def spans(monkeypatch: pytest.MonkeyPatch) -> InMemorySpanExporter:
+    """The spans that end."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+    forget_instruments()
+    yield exporter
+    forget_instruments()
 
 
 class Encoder(encoder_service_pb2_grpc.EncoderServiceServicer):
@@ -178,17 +198,126 @@ async def test_with_redis_down_limits_hold_in_the_process_and_a_metric_says_so(s
     assert seen["requests", "acme"] == 4
 
 
-def test_a_span_tells_the_kind_of_an_error_and_nothing_of_its_text(monkeypatch):
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    monkeypatch.setattr(trace, "get_tracer", provider.get_tracer)
+def test_a_span_tells_the_kind_of_an_error_and_nothing_of_its_text(spans):
     with pytest.raises(InvalidInput), telemetry.stage("text"):
         raise InvalidInput("what the canary asked", field="question")
     with telemetry.stage("select"):
         pass
-    failed, fine = exporter.get_finished_spans()
+    failed, fine = spans.get_finished_spans()
     assert (failed.name, failed.status.status_code.name) == ("text", "ERROR")
     assert failed.status.description == "InvalidInput"
     assert fine.status.is_ok or fine.status.is_unset
     assert "canary" not in failed.to_json()
+
+
+# --- a request, from outside -------------------------------------------------------------------------------
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+CALLER = (("traceparent", f"00-{TRACE}-{PARENT}-01"),)
+
+
+class Ending(Encoder):
+    """Ends as it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: Exception | None = None
+        self.passed_on: tuple[tuple[str, str], ...] = ()
+
+    async def EncodeImage(self, request, context):
+        self.passed_on = telemetry.outgoing_metadata()
+        if self.error is not None:
+            raise self.error
+        await self.going.wait()
+        return encoder_service_pb2.EncodeImageResponse()
+
+
+@pytest.fixture
+async def ending(serve, counts, spans, caplog):
+    """A service, and how a request to it ended: its span, its line in the log, what was counted."""
+    service = Ending()
+    caplog.set_level("INFO", "hiprune.access")
+    stub = encoder_service_pb2_grpc.EncoderServiceStub(await serve(service.register))
+
+    async def ask(error: Exception | None = None, **options):
+        service.error = error
+        try:
+            await stub.EncodeImage(encoder_service_pb2.EncodeImageRequest(), **options)
+        except grpc.aio.AioRpcError as refused:
+            return refused.code()
+        return grpc.StatusCode.OK
+
+    def lines():
+        return [line for line in caplog.records if line.name == "hiprune.access"]
+
+    async def told():
+        async with asyncio.timeout(10):
+            while not (lines() and spans.get_finished_spans()):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # the client is told first
+        (span,), (line,) = spans.get_finished_spans(), lines()
+        return span, line
+
+    ask.service, ask.told = service, told
+    return ask
+
+
+async def test_a_callers_trace_goes_on_and_its_baggage_does_not(ending):
+    baggage = (("baggage", "question=canary"), ("tracestate", "vendor=1"))
+    assert await ending(metadata=(*CALLER, *baggage)) is OK
+    span, line = await ending.told()
+    assert f"{span.context.trace_id:032x}" == TRACE
+    assert f"{span.parent.span_id:016x}" == PARENT
+    assert span.kind is trace.SpanKind.SERVER
+    assert span.name == "hiprune.v1.EncoderService/EncodeImage"
+    said = dict(ending.service.passed_on)
+    assert said == {
+        "traceparent": f"00-{TRACE}-{span.context.span_id:016x}-01",
+        "tracestate": "vendor=1",
+    }
+    assert line.getMessage().startswith("EncodeImage OK in ")
+    assert line.getMessage().endswith(" ms tenant=anonymous")
+
+
+async def test_without_a_collector_a_trace_goes_through_all_the_same(serve):
+    service = Ending()
+    stub = encoder_service_pb2_grpc.EncoderServiceStub(await serve(service.register))
+    await stub.EncodeImage(encoder_service_pb2.EncodeImageRequest(), metadata=CALLER)
+    assert dict(service.passed_on) == dict(CALLER)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason", "faulty"),
+    [
+        (InvalidInput("canary", field="media"), 3, "INVALID_FIELD", False),
+        (Exhausted("canary"), 8, "OVERLOADED", False),
+        (Unavailable("canary", reason="ENCODER_UNREACHABLE"), 14, "ENCODER_UNREACHABLE", True),
+        (Internal("canary", reason="A_STRANGERS_OWN"), 13, "OTHER", True),
+        (ValueError("canary"), 13, "INTERNAL", True),
+    ],
+)
+async def test_an_error_is_told_by_its_code_and_reason_and_never_by_its_words(
+    ending, error, code, reason, faulty
+):
+    assert (await ending(error)).value[0] == code
+    span, line = await ending.told()
+    assert span.attributes["rpc.grpc.status_code"] == code
+    assert span.attributes["error.type"] == reason
+    assert (span.status.status_code is trace.StatusCode.ERROR) == faulty
+    assert not span.events
+    assert "canary" not in span.to_json()
+    assert "canary" not in line.getMessage()
+
+
+async def test_who_leaves_and_who_runs_out_of_time_are_told_apart(ending, spans, caplog):
+    ending.service.going.clear()
+    assert await ending(timeout=0.3) is grpc.StatusCode.DEADLINE_EXCEEDED
+    span, _ = await ending.told()
+    assert span.attributes["error.type"] == "DEADLINE_EXCEEDED"
+    spans.clear()
+    caplog.clear()
+    asking = asyncio.create_task(ending(timeout=30))
+    await asyncio.sleep(0.3)
+    asking.cancel()
+    span, _ = await ending.told()
+    assert span.attributes["error.type"] == "CLIENT_LEFT"
+    assert span.attributes["rpc.grpc.status_code"] == 1
