@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, Self, TypeVar
 import grpc
 
 from hiprune import auth, deadlines, telemetry
-from hiprune.config import ServiceSettings
+from hiprune.config import ProcessSettings, ServiceSettings
 from hiprune.errors import NO_RETRY, Internal, PermissionDenied, Unauthenticated, from_rpc
 from hiprune.trust import LOOK_EVERY_S, Certificates
 from hiprune.v1 import (
@@ -142,70 +142,42 @@ async def call(
     return response
 
 
-class Peer(Generic[Stub]):
-    """Another service, as this one calls it: for the tenant whose request is being served, and as a peer.
+class Line(Generic[Stub]):
+    """A channel to another service, as settings have it: `line.stub()` is what to call.
 
     `make_stub` is its stub's class. With TLS a changed certificate gets a channel of its own, while the calls
     on the old one end in peace.
     """
 
     def __init__(
-        self,
-        name: str,
-        address: str,
-        make_stub: Callable[[grpc.aio.Channel], Stub],
-        settings: ServiceSettings,
+        self, address: str, make_stub: Callable[[grpc.aio.Channel], Stub], settings: ProcessSettings
     ) -> None:
         """Connects when first used. Raises ConfigError for certificates that cannot be used."""
-        self._name = name
         self._address = address
         self._make_stub = make_stub
         self._max_message_bytes = settings.max_message_bytes
-        self._default_s = settings.default_deadline_ms / 1000
         self._longest_s = settings.max_deadline_ms / 1000
-        self._token = settings.peer_token.get_secret_value()
-        self._is_known = settings.is_known_at(address)
         uses_tls = settings.tls_ca and not auth.is_unix(address)
         self._certificates = Certificates.of(settings) if uses_tls else None
         self._leaving: set[asyncio.Task[None]] = set()
         self._connect()
 
-    async def call(
-        self, method: Callable[[Stub], Callable[..., Any]], request: Any, response_type: type[Response]
-    ) -> Response:
-        """One call: `await encoder.call(lambda stub: stub.EncodeImage, request, EncodeImageResponse)`.
-
-        Raises as `call` does, and Internal where the peer does not take this service for one.
-        """
-        self._renew()
-        try:
-            return await call(
-                method(self._stub),
-                request,
-                response_type,
-                peer=self._name,
-                default_s=self._default_s,
-                metadata=self._introduction(),
-                retried=not auth.is_unix(self._address),
-            )
-        except (PermissionDenied, Unauthenticated) as error:
-            # between services it is not the client who lacks a right, but the two that lack a common secret
-            raise Internal(f"the {self._name} does not trust this service; the log has its reason") from error
+    def stub(self) -> Stub:
+        """What to call, on a new channel when the certificates have changed."""
+        if self._certificates is not None:
+            self._certificates.look(at_most_every_s=LOOK_EVERY_S)
+            if self._certificates.generation != self._generation:
+                closing = asyncio.create_task(self._channel.close(grace=self._longest_s))
+                self._leaving.add(closing)
+                closing.add_done_callback(self._leaving.discard)
+                self._connect()
+        return self._stub
 
     async def close(self) -> None:
         """Closes the channel; running calls are cancelled."""
         await self._channel.close()
         for each in self._leaving:
             each.cancel()
-
-    def _introduction(self) -> tuple[tuple[str, str], ...]:
-        """Who calls, and for whom. A tenant is named to those alone who have a reason to believe it."""
-        said = []
-        if self._token:
-            said.append((auth.PEER_HEADER, self._token))
-        if self._is_known:
-            said.append((auth.TENANT_HEADER, auth.current().tenant.name))
-        return tuple(said)
 
     def _connect(self) -> None:
         files = self._certificates
@@ -217,16 +189,53 @@ class Peer(Generic[Stub]):
         )
         self._stub = self._make_stub(self._channel)
 
-    def _renew(self) -> None:
-        """Moves to a new channel when the certificates have changed."""
-        if self._certificates is None:
-            return
-        self._certificates.look(at_most_every_s=LOOK_EVERY_S)
-        if self._certificates.generation != self._generation:
-            closing = asyncio.create_task(self._channel.close(grace=self._longest_s))
-            self._leaving.add(closing)
-            closing.add_done_callback(self._leaving.discard)
-            self._connect()
+
+class Peer(Line[Stub]):
+    """Another service, as this one calls it: for the tenant whose request is being served, and as a peer."""
+
+    def __init__(
+        self,
+        name: str,
+        address: str,
+        make_stub: Callable[[grpc.aio.Channel], Stub],
+        settings: ServiceSettings,
+    ) -> None:
+        """See `Line`."""
+        super().__init__(address, make_stub, settings)
+        self._name = name
+        self._default_s = settings.default_deadline_ms / 1000
+        self._token = settings.peer_token.get_secret_value()
+        self._is_known = settings.is_known_at(address)
+
+    async def call(
+        self, method: Callable[[Stub], Callable[..., Any]], request: Any, response_type: type[Response]
+    ) -> Response:
+        """One call: `await encoder.call(lambda stub: stub.EncodeImage, request, EncodeImageResponse)`.
+
+        Raises as `call` does, and Internal where the peer does not take this service for one.
+        """
+        try:
+            return await call(
+                method(self.stub()),
+                request,
+                response_type,
+                peer=self._name,
+                default_s=self._default_s,
+                metadata=self._introduction(),
+                retried=not auth.is_unix(self._address),
+            )
+        except (PermissionDenied, Unauthenticated) as error:
+            # between services it is not the client who lacks a right, but the two that lack a common secret
+            raise Internal(f"the {self._name} does not trust this service; the log has its reason") from error
+
+    def _introduction(self) -> tuple[tuple[str, str], ...]:
+        """Who calls, and for whom. A tenant is named to those alone who have a reason to believe it."""
+        said = []
+        if self._token:
+            said.append((auth.PEER_HEADER, self._token))
+        if self._is_known:
+            said.append((auth.TENANT_HEADER, auth.current().tenant.name))
+        return tuple(said)
 
 
 @dataclass(slots=True)

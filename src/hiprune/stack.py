@@ -5,6 +5,7 @@ For `make up`, the demo, benchmarks and tests. Everything it starts ends with it
 
 from __future__ import annotations
 
+import http.client
 import os
 import secrets
 import shutil
@@ -153,6 +154,14 @@ class Stack:
         self._spawn(name, [sys.executable, "-m", f"services.{service}", "--listen", address])
         return name
 
+    def start_gateway(self, port: int = 0) -> str:
+        """Starts the HTTP gateway before the llm, on 127.0.0.1: its address, once it is ready."""
+        address = f"127.0.0.1:{port or free_port()}"
+        flags = ("--listen", address, "--llm", self.address)
+        self._spawn("gateway", [sys.executable, "-m", "services.gateway", *flags])
+        self._wait("gateway", lambda: answers_ready(address))
+        return address
+
     def wait_ready(self, name: str, timeout_s: float = _START_TIMEOUT_S) -> None:
         """Returns when the service reports SERVING. Raises StackError when it ends or takes too long."""
         own = {"encoder": self.encoder_address, "pruner": self.pruner_address, "llm": self.address}
@@ -161,7 +170,7 @@ class Stack:
 
     def stop(self) -> None:
         """Ends everything, front to back, so that running requests can finish."""
-        for kind in ("llm", "pruner", "encoder", "redis"):
+        for kind in ("gateway", "llm", "pruner", "encoder", "redis"):
             for name in [name for name in self.processes if name.partition("@")[0] == kind]:
                 self.end(name)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -219,6 +228,18 @@ def is_serving(address: str) -> bool:
         except grpc.RpcError:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+
+def answers_ready(address: str) -> bool:
+    """Whether the gateway at an address says over HTTP that it is ready."""
+    connection = http.client.HTTPConnection(address, timeout=1)
+    try:
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == http.client.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def free_port() -> int:

@@ -18,7 +18,7 @@ from typing import Final, TypeAlias, cast
 
 import grpc
 
-from hiprune.config import ConfigError, ServiceSettings
+from hiprune.config import ConfigError, ProcessSettings
 
 log = logging.getLogger("hiprune.trust")
 
@@ -52,7 +52,7 @@ class Certificates:
         self.material = self._read()
 
     @classmethod
-    def of(cls, settings: ServiceSettings) -> Certificates | None:
+    def of(cls, settings: ProcessSettings) -> Certificates | None:
         """The files that the settings name; None where TLS is off. Raises ConfigError."""
         if not (settings.tls_cert or settings.tls_ca):
             return None
