@@ -1,0 +1,167 @@
+"""The llm's events as OpenAI's API has an answer: one object, or chunks of one.
+
+Beside what that API knows: `usage.prompt_tokens_details` has the visual tokens before and after pruning, and
+`pruning` the report. Clients that know neither pass over them. Pure; knows no HTTP but the names of headers.
+
+Source: OpenAI's API reference, "The chat completion object" and "The chat completion chunk object".
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Iterable
+from typing import Any, Final
+
+from hiprune.client import CACHE_WORDS
+from hiprune.v1 import encoder_service_pb2, llm_service_pb2
+from hiprune.v1 import pruner_service_pb2 as pb
+from services.gateway.chat import METHODS, ChatRequest
+
+_FINISH: Final = {
+    llm_service_pb2.FINISH_REASON_STOP: "stop",
+    llm_service_pb2.FINISH_REASON_LENGTH: "length",
+}
+_METHOD_WORDS: Final = {number: word for word, number in METHODS.items()}
+_KINDS: Final = {number: name.removeprefix("TOKEN_KIND_").lower() for name, number in pb.TokenKind.items()}
+
+
+class Reply:
+    """One answer in the making."""
+
+    def __init__(self, chat: ChatRequest) -> None:
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+        self._model = chat.model
+        self._detailed = chat.wants_report
+        self._usage_in_stream = chat.includes_usage
+
+    def whole(
+        self, text: str, report: llm_service_pb2.PruningReport, completion: llm_service_pb2.Completion
+    ) -> bytes:
+        """The answer as one object."""
+        content = {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text, "refusal": None},
+                    "logprobs": None,
+                    "finish_reason": _FINISH.get(completion.finish_reason, "stop"),
+                }
+            ],
+            "usage": usage_of(completion.usage),
+            "pruning": pruning_of(report, detailed=self._detailed),
+        }
+        if self._detailed:
+            content["pruning"]["timings_ms"] = _milliseconds(completion.timings)
+        return _json(content)
+
+    def opening(self, report: llm_service_pb2.PruningReport) -> bytes:
+        """The first chunk: who speaks, and what was pruned."""
+        pruning = pruning_of(report, detailed=self._detailed)
+        return self._chunk({"role": "assistant", "content": ""}, pruning=pruning)
+
+    def delta(self, text: str) -> bytes:
+        """A chunk of text."""
+        return self._chunk({"content": text})
+
+    def closing(self, completion: llm_service_pb2.Completion) -> Iterable[bytes]:
+        """The last chunks: why it ended and, if asked for, what it took."""
+        yield self._chunk({}, finish_reason=_FINISH.get(completion.finish_reason, "stop"))
+        if self._usage_in_stream:
+            yield self._event({"choices": [], "usage": usage_of(completion.usage)})
+        yield b"data: [DONE]\n\n"
+
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        if self._usage_in_stream:
+            more["usage"] = None
+        return self._event({"choices": [choice], **more})
+
+    def _event(self, content: dict[str, Any]) -> bytes:
+        return event(
+            {
+                "id": self._id,
+                "object": "chat.completion.chunk",
+                "created": self._created,
+                "model": self._model,
+                **content,
+            }
+        )
+
+
+def event(content: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + _json(content) + b"\n\n"
+
+
+def usage_of(usage: llm_service_pb2.Usage) -> dict[str, Any]:
+    """What an answer took, visual tokens before and after pruning beside it."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": usage.prompt_tokens_cached,
+            "visual_tokens_before": usage.visual_tokens_before,
+            "visual_tokens_after": usage.visual_tokens_after,
+        },
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def pruning_of(report: llm_service_pb2.PruningReport, *, detailed: bool = False) -> dict[str, Any]:
+    """What was pruned of each image, in their order; `detailed` also which tokens were kept and why."""
+    return {"images": [_image_of(media, detailed) for media in report.media]}
+
+
+def _image_of(media: llm_service_pb2.MediaReport, detailed: bool) -> dict[str, Any]:
+    summary = media.summary
+    found: dict[str, Any] = {
+        "method": _METHOD_WORDS.get(summary.policy.method),
+        "tokens_before": summary.tokens_before,
+        "tokens_requested": summary.tokens_requested,
+        "tokens_kept": summary.tokens_kept,
+        "cache": CACHE_WORDS.get(media.cache),
+    }
+    if summary.text_note:
+        found["text_note"] = summary.text_note
+    if detailed:
+        found["views"] = [
+            {
+                "grid_height": view.grid_height,
+                "grid_width": view.grid_width,
+                "kept_indices": list(view.kept_indices),
+                "kinds": [_KINDS[kind] for kind in view.kinds],
+            }
+            for view in media.views
+        ]
+        found["timings_ms"] = _milliseconds(media.timings)
+    return found
+
+
+def headers_of(report: llm_service_pb2.PruningReport) -> dict[str, str]:
+    """The sums of a report, for who looks at headers alone."""
+    return {
+        "x-hiprune-tokens-before": str(sum(media.summary.tokens_before for media in report.media)),
+        "x-hiprune-tokens-kept": str(sum(media.summary.tokens_kept for media in report.media)),
+        "x-hiprune-cache": ", ".join(CACHE_WORDS.get(media.cache, "") for media in report.media),
+    }
+
+
+def _milliseconds(timings: Iterable[encoder_service_pb2.StageTiming]) -> dict[str, float]:
+    """By stage; stages of one name add up."""
+    found: dict[str, float] = {}
+    for timing in timings:
+        spent = timing.duration.ToMicroseconds() / 1000
+        found[timing.stage] = round(found.get(timing.stage, 0.0) + spent, 3)
+    return found
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()

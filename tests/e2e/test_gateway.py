@@ -1,0 +1,198 @@
+"""Claims about the gateway as a process: real services, the embedded model, and OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from hiprune.client import Client
+from hiprune.stack import Stack, answers_ready, free_port
+from hiprune.v1 import llm_service_pb2
+from hiprune.v1 import pruner_service_pb2 as pb
+from tests.gateways import scripted_llm
+from tests.stacks import picture, questions
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "http.md"
+
+
+def image(name: str) -> dict[str, object]:
+    data = base64.b64encode(picture(name)).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+def turn(question: str, *names: str) -> dict[str, object]:
+    return {"role": "user", "content": [*map(image, names), {"type": "text", "text": question}]}
+
+
+@pytest.fixture(scope="module")
+def address(stack: Stack) -> Iterator[str]:
+    yield stack.start_gateway()
+    stack.end("gateway")
+
+
+@pytest.fixture
+async def openai_client(address: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="EMPTY", max_retries=0) as client:
+        yield client
+
+
+async def test_the_answer_over_http_is_the_answer_over_grpc(openai_client, client: Client):
+    policy = pb.PrunePolicy(method=pb.METHOD_HIPRUNE_PLUS_PLUS, keep_ratio=0.25)
+    for sample in questions()[:4]:
+        there = await client.ask(
+            sample["question"],
+            picture(sample["image"]),
+            policy=policy,
+            sampling=llm_service_pb2.Sampling(max_tokens=8),
+        )
+        here = await openai_client.chat.completions.create(
+            model="llava",
+            messages=[turn(sample["question"], sample["image"])],
+            max_tokens=8,
+            extra_body={"pruning": {"method": "hiprune++", "keep": 0.25, "report": True}},
+        )
+        usage, expected = here.usage, there.completion.usage
+        assert here.choices[0].message.content == there.text
+        assert usage.prompt_tokens == expected.prompt_tokens
+        assert usage.completion_tokens == expected.completion_tokens
+        assert usage.prompt_tokens_details.visual_tokens_before == 196
+        assert usage.prompt_tokens_details.visual_tokens_after == 49
+        (pruned,) = here.pruning["images"]
+        assert pruned["cache"] == "pruned hit"
+        (view,) = there.report.media[0].views
+        assert pruned["views"][0]["kept_indices"] == list(view.kept_indices)
+        assert {"anchor", "buffer", "register", "text"} == set(pruned["views"][0]["kinds"])
+
+
+async def test_a_stream_is_the_whole_answer_in_pieces(openai_client):
+    asked = {"model": "llava", "messages": [turn("count the shapes .", "scene01.png")], "max_tokens": 8}
+    whole = await openai_client.chat.completions.create(**asked)
+    stream = await openai_client.chat.completions.create(**asked, stream=True)
+    text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+    assert text == whole.choices[0].message.content
+
+
+async def test_two_images_and_a_later_turn_are_answered(openai_client):
+    first = turn("count the shapes .", "scene00.png", "scene01.png")
+    answer = await openai_client.chat.completions.create(
+        model="llava", messages=[first], extra_body={"pruning": {"keep": 40}}
+    )
+    assert [each["tokens_kept"] for each in answer.pruning["images"]] == [40, 40]
+    later = await openai_client.chat.completions.create(
+        model="llava",
+        messages=[
+            first,
+            answer.choices[0].message.model_dump(),
+            {"role": "user", "content": "count the shapes ."},
+        ],
+        extra_body={"pruning": {"keep": 40}},
+    )
+    assert {each["cache"] for each in later.pruning["images"]} == {"pruned hit"}
+    assert later.choices[0].finish_reason in ("stop", "length")
+
+
+async def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(openai_client):
+    asked = {"model": "llava", "messages": [turn("which colour is the circle ?", "scene00.png")]}
+    whole = (await openai_client.chat.completions.create(**asked)).choices[0].message.content
+    middle = len(whole) // 2
+    stop = whole[middle : middle + 2]
+    cut = await openai_client.chat.completions.create(**asked, stop=stop)
+    assert cut.choices[0].message.content == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "param"),
+    [
+        ({"model": "gpt-5"}, openai.NotFoundError, "model"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"temperature": 9}, openai.BadRequestError, "temperature"),
+        ({"top_p": 0}, openai.BadRequestError, "top_p"),
+        ({"stop": ["x"] * 9}, openai.BadRequestError, "stop"),
+        ({"extra_body": {"pruning": {"alpha": 2}}}, openai.BadRequestError, "pruning.alpha"),
+        ({"extra_body": {"pruning": {"keep": 0}}}, openai.BadRequestError, "pruning.keep"),
+        ({"extra_body": {"pruning": {"object_layer": 99}}}, openai.BadRequestError, "pruning.object_layer"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        (
+            {"messages": [{"role": "user", "content": "a </s> b"}]},
+            openai.BadRequestError,
+            "messages[0].content",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [
+                            {"type": "text", "text": "?"},
+                            {
+                                "type": "image_url",
+                                "image_url": {"url": "data:image/png;base64,aGVsbG8="},
+                            },
+                        ],
+                    }
+                ]
+            },
+            openai.BadRequestError,
+            "messages[0].content[1].image_url.url",
+        ),
+    ],
+)
+async def test_what_the_services_refuse_is_named_as_the_client_wrote_it(openai_client, fields, error, param):
+    asked = {"model": "llava", "messages": [turn("?", "scene00.png")], **fields}
+    with pytest.raises(error) as refused:
+        await openai_client.chat.completions.create(**asked)
+    assert refused.value.param == param
+
+
+def test_the_documented_example_answers(address):
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), flags=re.DOTALL)
+    assert "127.0.0.1:8080" in program
+    program = program.replace("127.0.0.1:8080", address)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=PAGE.parents[1], capture_output=True, text=True, check=False)
+    assert re.fullmatch(r".+ \(from 49 of 196 visual tokens\)\n", done.stdout), done.stderr
+
+
+async def test_on_sigterm_streams_end_before_the_gateway_does():
+    async with scripted_llm() as llm:
+        go_on = asyncio.Event()
+
+        async def pace(place: int) -> None:
+            if place == 1:
+                await go_on.wait()
+
+        llm.pace = pace
+        address = f"127.0.0.1:{free_port()}"
+        command = [sys.executable, "-m", "services.gateway", "--listen", address, "--llm", llm.address]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)  # noqa: ASYNC220  # at once
+        try:
+            while not await asyncio.to_thread(answers_ready, address):
+                assert process.poll() is None
+                await asyncio.sleep(0.05)
+            async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="k") as client:
+                stream = await client.chat.completions.create(
+                    model="m", messages=[{"role": "user", "content": "?"}], stream=True
+                )
+                words = aiter(stream)
+                seen = [await anext(words), await anext(words)]
+                process.send_signal(signal.SIGTERM)
+                while await asyncio.to_thread(answers_ready, address):  # noqa: ASYNC110  # in another process
+                    await asyncio.sleep(0.01)
+                go_on.set()
+                seen += [chunk async for chunk in words]
+            assert "".join(chunk.choices[0].delta.content or "" for chunk in seen) == "a red circle"
+            _, log = await asyncio.to_thread(process.communicate, None, 20)
+            assert process.returncode == 0, log
+        finally:
+            process.kill()
+            process.wait()
