@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from hiprune.v1 import llm_service_pb2_grpc, pruner_service_pb2
 from services.gateway.app import Gateway, make_app
 from services.gateway.backend import Backend
 from services.gateway.fetch import Fetcher
+from services.gateway.process import bind
 from services.gateway.settings import Settings
 
 MODEL = "scripted"
@@ -157,7 +157,7 @@ async def gateway(llm: str, *, fetcher: Fetcher | None = None, **settings: Any) 
     """The URL of a gateway before an llm."""
     read = Settings(llm=llm, **settings)
     backend, fetcher = Backend(read), fetcher or Fetcher(read.hosts)
-    listening = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    listening = bind("127.0.0.1:0")
     config = uvicorn.Config(
         make_app(Gateway(read, backend, fetcher)),
         lifespan="off",

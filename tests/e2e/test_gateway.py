@@ -6,11 +6,14 @@ import asyncio
 import base64
 import re
 import signal
+import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx2
 import openai
 import pytest
 
@@ -18,7 +21,8 @@ from hiprune.client import Client
 from hiprune.stack import Stack, answers_ready, free_port
 from hiprune.v1 import llm_service_pb2
 from hiprune.v1 import pruner_service_pb2 as pb
-from tests.gateways import scripted_llm
+from tests.certificates import Authority
+from tests.gateways import ScriptedLlm, scripted_llm
 from tests.stacks import picture, questions
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "http.md"
@@ -163,8 +167,27 @@ def test_the_documented_example_answers(address):
     assert re.fullmatch(r".+ \(from 49 of 196 visual tokens\)\n", done.stdout), done.stderr
 
 
+@asynccontextmanager
+async def process_of(llm: ScriptedLlm, *flags: str) -> AsyncIterator[tuple[subprocess.Popen[bytes], str]]:
+    """A gateway's process before a scripted llm, and its address."""
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "services.gateway", "--listen", address, "--llm", llm.address, *flags]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)  # noqa: ASYNC220  # at once
+    try:
+        yield process, address
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not await asyncio.to_thread(holds):  # noqa: ASYNC110  # in another process
+            await asyncio.sleep(0.05)
+
+
 async def test_on_sigterm_streams_end_before_the_gateway_does():
-    async with scripted_llm() as llm:
+    async with scripted_llm() as llm, process_of(llm) as (process, address):
         go_on = asyncio.Event()
 
         async def pace(place: int) -> None:
@@ -172,27 +195,62 @@ async def test_on_sigterm_streams_end_before_the_gateway_does():
                 await go_on.wait()
 
         llm.pace = pace
-        address = f"127.0.0.1:{free_port()}"
-        command = [sys.executable, "-m", "services.gateway", "--listen", address, "--llm", llm.address]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE)  # noqa: ASYNC220  # at once
+        await until(lambda: answers_ready(address))
+        async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="k") as client:
+            stream = await client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "?"}], stream=True
+            )
+            words = aiter(stream)
+            seen = [await anext(words), await anext(words)]
+            process.send_signal(signal.SIGTERM)
+            await until(lambda: not answers_ready(address))
+            go_on.set()
+            seen += [chunk async for chunk in words]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in seen) == "a red circle"
+        assert await asyncio.to_thread(process.wait, 20) == 0
+
+
+@pytest.mark.extra
+async def test_a_stream_that_outlives_the_drain_is_told_so():
+    async with scripted_llm() as llm, process_of(llm, "--drain-ms", "300") as (process, address):
+
+        async def pace(place: int) -> None:
+            if place == 1:
+                await asyncio.Event().wait()
+
+        llm.pace = pace
+        await until(lambda: answers_ready(address))
+        async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="k") as client:
+            stream = await client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "?"}], stream=True
+            )
+            words = aiter(stream)
+            await anext(words)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError, match="leaves before the answer has ended"):
+                [chunk async for chunk in words]
+        assert await asyncio.to_thread(process.wait, 20) == 0
+        async with asyncio.timeout(5):
+            await llm.asked[0].ended.wait()
+
+
+@pytest.mark.extra
+async def test_it_speaks_tls_with_the_certificate_that_is_in_its_files_now(tmp_path):
+    before, after = Authority("before"), Authority("after")
+    certificate, key, authority = before.write(tmp_path)
+
+    def answers(trusted: ssl.SSLContext) -> bool:
         try:
-            while not await asyncio.to_thread(answers_ready, address):
-                assert process.poll() is None
-                await asyncio.sleep(0.05)
-            async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="k") as client:
-                stream = await client.chat.completions.create(
-                    model="m", messages=[{"role": "user", "content": "?"}], stream=True
-                )
-                words = aiter(stream)
-                seen = [await anext(words), await anext(words)]
-                process.send_signal(signal.SIGTERM)
-                while await asyncio.to_thread(answers_ready, address):  # noqa: ASYNC110  # in another process
-                    await asyncio.sleep(0.01)
-                go_on.set()
-                seen += [chunk async for chunk in words]
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in seen) == "a red circle"
-            _, log = await asyncio.to_thread(process.communicate, None, 20)
-            assert process.returncode == 0, log
-        finally:
-            process.kill()
-            process.wait()
+            with httpx2.Client(verify=trusted, trust_env=False) as http:
+                return http.get(f"https://{address}/healthz").status_code == 200
+        except httpx2.ConnectError:
+            return False
+
+    flags = ("--tls-cert", certificate, "--tls-key", key)
+    async with scripted_llm() as llm, process_of(llm, *flags) as (_, address):
+        old = ssl.create_default_context(cafile=authority)
+        await until(lambda: answers(old))
+        after.write(tmp_path)
+        new = ssl.create_default_context(cafile=authority)
+        await until(lambda: answers(new))
+        assert not answers(old)
