@@ -84,7 +84,8 @@ async def run(settings: Settings) -> None:
     )
     config.load()
     config.ssl = context
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    for chatty in ("uvicorn", "httpcore2"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     server = _Server(config)
     listening = bind(settings.listen)
 

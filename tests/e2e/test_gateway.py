@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import re
 import signal
 import ssl
@@ -232,6 +233,30 @@ async def test_a_stream_that_outlives_the_drain_is_told_so():
         assert await asyncio.to_thread(process.wait, 20) == 0
         async with asyncio.timeout(5):
             await llm.asked[0].ended.wait()
+
+
+@pytest.mark.extra
+async def test_its_requests_show_on_its_page_for_prometheus_and_its_logs_are_json():
+    metrics = f"127.0.0.1:{free_port()}"
+    flags = ("--metrics-listen", metrics, "--log-format", "json", "--log-level", "debug")
+    asked = {"model": "m", "messages": [{"role": "user", "content": "canaryquestion"}]}
+    async with scripted_llm() as llm, process_of(llm, *flags) as (process, address):
+        await until(lambda: answers_ready(address))
+        async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="canarykey") as client:
+            await client.chat.completions.create(**asked)
+            with pytest.raises(openai.BadRequestError):
+                await client.chat.completions.create(**asked, temperature="canarytemperature")
+        async with httpx2.AsyncClient(trust_env=False) as http:
+            page = (await http.get(f"http://{metrics}/metrics")).text
+        process.terminate()
+        _, said = await asyncio.to_thread(process.communicate, None, 20)
+    assert 'hiprune_rpc_duration_seconds_count{code="OK",rpc="AskImage"} 1' in page
+    assert 'hiprune_rpc_duration_seconds_count{code="INVALID_ARGUMENT",rpc="AskImage"} 1' in page
+    assert 'reason="INVALID_FIELD"' in page
+    lines = [json.loads(line) for line in said.decode().splitlines()]
+    statuses = [line["status"] for line in lines if line.get("route") == "/v1/chat/completions"]
+    assert statuses == [200, 400]
+    assert "canary" not in said.decode() + page
 
 
 @pytest.mark.extra
