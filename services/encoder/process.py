@@ -61,6 +61,9 @@ def _load(settings: Settings) -> tuple[Checkpoint, encoder_service_pb2.ModelFing
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device, dtype = choose_device(settings)
+    if settings.gpu_memory_fraction and device.type == "cuda":
+        # torch's own bound on what it allocates: beyond it a forward fails, and not the neighbour's
+        torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction, device.index)
     checkpoint = checkpoints.open_checkpoint(settings.model)
     paired = checkpoints.locate_paired(settings.paired_model, checkpoint)
     facts = checkpoint.facts

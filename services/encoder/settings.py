@@ -31,6 +31,12 @@ class Settings(ServiceSettings):
     dtype: Annotated[str, Field(pattern=r"^(auto|float32|bfloat16|float16)$")] = Field(
         "auto", description="the tower's type: auto is float32 on a CPU and bfloat16 on a GPU"
     )
+    gpu_memory_fraction: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="most of a GPU's memory that the tower takes, as a share of it; 0: all",
+    )
     max_image_bytes: int = Field(
         20 * 2**20, ge=1, le=2**31 - 1, description="largest encoded image, or frame of a video, in bytes"
     )

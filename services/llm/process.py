@@ -22,7 +22,7 @@ from services.llm.engines.transformers import TransformersEngine
 from services.llm.families import Adapter, load_adapter
 from services.llm.flops import TextShape
 from services.llm.pipeline import LanguageModel
-from services.llm.placement import Placement, place
+from services.llm.placement import Placement, bound_memory, place
 from services.llm.prompts import Limits
 from services.llm.pruner import Pruner
 from services.llm.service import ImageQaServicer, LanguageModelServicer
@@ -116,6 +116,8 @@ def load(settings: Settings) -> LanguageModel:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path}: config.json: {error}") from error
     placement = place(settings.device, settings.dtype, config.dtype)
+    if settings.engine == "transformers":
+        bound_memory(placement, settings.gpu_memory_utilization)
     adapter = load_adapter(checkpoint, config, placement, settings.newlines)
     return LanguageModel(
         name=settings.model_name or _name(settings.model, checkpoint.name),

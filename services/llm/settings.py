@@ -42,7 +42,11 @@ class Settings(ServiceSettings):
         "", description="what starts vLLM's workers: mp, ray, uni or external_launcher; empty: vLLM's choice"
     )
     gpu_memory_utilization: float = Field(
-        0.0, ge=0, le=1, description="share of a GPU's memory that vLLM takes; 0: vLLM's own choice"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of a GPU's memory: what vLLM takes, and the most that transformers does; 0: "
+        "vLLM's own choice, all",
     )
     quantization: Annotated[str, Field(pattern=r"^[a-z0-9_]*$")] = Field(
         "", description="how the language model's weights are quantised, in vLLM's words; empty: as stored"

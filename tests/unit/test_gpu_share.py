@@ -1,0 +1,85 @@
+"""Claims about sharing a GPU's memory: what torch is asked for. Needs no GPU: torch is faked at the seam."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hiprune.config import ConfigError
+from services.encoder import process as encoder
+from services.encoder.settings import Settings as EncoderSettings
+from services.llm import process as llm
+from services.llm.placement import Placement
+from services.llm.settings import Settings as LanguageModelSettings
+
+
+class Stop(Exception):
+    """Ends a load behind the part that is tested."""
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, int | None]]:
+    """What torch was asked for; loading stops behind that."""
+    calls: list[tuple[float, int | None]] = []
+
+    def stop(*args: object) -> None:
+        raise Stop
+
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, device: calls.append((share, device))
+    )
+    monkeypatch.setattr("hiprune.checkpoints.open_checkpoint", stop)
+    monkeypatch.setattr(llm, "load_adapter", stop)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "expected"),
+    [
+        ("cuda", "0.2", [(0.2, None)]),
+        ("cuda:1", "0.2", [(0.2, 1)]),
+        ("cuda", "0", []),
+        ("cpu", "0.2", []),
+    ],
+)
+def test_the_encoder_takes_its_share_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, asked: list[object], device: str, share: str, expected: list[object]
+) -> None:
+    monkeypatch.setattr(encoder, "choose_device", lambda _: (torch.device(device), torch.bfloat16))
+    settings = EncoderSettings.read([], {"HIPRUNE_ENCODER_GPU_MEMORY_FRACTION": share})
+    with pytest.raises(Stop):
+        encoder._load(settings)
+    assert asked == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "engine", "expected"),
+    [
+        ("cuda", "transformers", [(0.7, None)]),
+        ("cpu", "transformers", []),
+        ("cuda", "vllm", []),  # it is told itself, as an argument
+    ],
+)
+def test_the_llm_takes_its_share_and_no_more(
+    monkeypatch: pytest.MonkeyPatch, asked: list[object], device: str, engine: str, expected: list[object]
+) -> None:
+    monkeypatch.setattr(llm, "place", lambda *_: Placement(torch.device(device), torch.bfloat16))
+    settings = LanguageModelSettings.read(["--engine", engine, "--gpu-memory-utilization", "0.7"], {})
+    with pytest.raises(Stop):
+        llm.load(settings)
+    assert asked == expected
+
+
+def test_a_share_is_no_more_than_the_whole() -> None:
+    with pytest.raises(ConfigError, match="gpu_memory_fraction"):
+        EncoderSettings.read(["--gpu-memory-fraction", "1.1"], {})
+
+
+def test_torch_takes_such_a_bound_with_and_without_a_number_of_the_gpu() -> None:
+    """The seam's other side: without CUDA torch says so, and does not complain of the arguments."""
+    if torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(1.0, None)
+        return
+    for index in (None, 0):
+        with pytest.raises((RuntimeError, AssertionError), match=r"(?i)cuda|driver"):
+            torch.cuda.set_per_process_memory_fraction(0.5, index)
