@@ -1,0 +1,193 @@
+"""What is learned, and from what: one forward of both models over a batch, and its losses.
+
+The tower learns from what scenes know of their patches: which thing, what kind, colour and size, where its
+middle is; and from words, as CLIP does, but patch by patch, so that a question finds its patches. The heads
+that ask for the former are thrown away. The language model learns from answers alone.
+
+Tokens are thinned in training, patches before the tower and features before the language model. Always
+by another share, and with another preference for things or for background, so that the share of foreground
+among the tokens tells nothing, neither a count nor which method thinned them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPModel, LlavaForConditionalGeneration
+
+from models.shapes.architecture import EOS, LAYERS, WIDTH
+from models.shapes.batches import IGNORED, PREFIX, Batch
+from models.shapes.questions import plural
+from models.shapes.scenes import COLOURS, GRID, KINDS, SIZES
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """Shares of tokens: of patches that the tower sees, and of features that the language model sees."""
+
+    seen: float
+    read: float
+
+
+class Learner(nn.Module):
+    """Both models and the heads that are thrown away."""
+
+    def __init__(self, llava: LlavaForConditionalGeneration, clip: CLIPModel, phrases: torch.Tensor) -> None:
+        """`phrases` are the ids (P, L) of `phrase_texts`."""
+        super().__init__()
+        self.llava, self.clip = llava, clip
+        self.norm = nn.LayerNorm(WIDTH)
+        self.kind = nn.Linear(WIDTH, len(KINDS) + 1)
+        self.colour = nn.Linear(WIDTH, len(COLOURS) + 1)
+        self.size = nn.Linear(WIDTH, len(SIZES) + 1)
+        self.middle = nn.Linear(WIDTH, 2)
+        self.place = nn.Linear(WIDTH, 2)
+        self.register_buffer("phrases", phrases, persistent=False)
+        at = torch.arange(GRID) / (GRID - 1)
+        grid = torch.stack([at.expand(GRID, GRID), at[:, None].expand(GRID, GRID)], dim=-1)
+        self.register_buffer("places", grid.reshape(GRID * GRID, 2), persistent=False)  # (N, 2): x, y
+
+    def see(self, batch: Batch, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (B, M, D) of the kept (B, M) patches as LLaVA takes them; CLIP's picture vector (B, A)."""
+        tower = self.clip.vision_model
+        hidden = tower.embeddings(batch.pixels)  # (B, 1 + N, D)
+        patches = hidden[:, 1:].gather(1, kept[..., None].expand(-1, -1, WIDTH))
+        hidden = tower.pre_layrnorm(torch.cat([hidden[:, :1], patches], dim=1))
+        features = hidden
+        for order, layer in enumerate(tower.encoder.layers, start=1):
+            hidden = layer(hidden, None)
+            if order == LAYERS - 1:
+                features = hidden
+        return features[:, 1:], self._aligned(hidden[:, 0])
+
+    def vision_losses(
+        self, batch: Batch, kept: torch.Tensor, features: torch.Tensor, picture: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Losses of tower and text encoder: `features` (B, M, D) of `kept` (B, M), `picture` (B, A)."""
+        owners = batch.owners.gather(1, kept)  # (B, M)
+        kinds, colours = batch.kinds.gather(1, owners), batch.colours.gather(1, owners)
+        sizes = batch.sizes.gather(1, owners)
+        middles = batch.middles.gather(1, owners[..., None].expand(-1, -1, 2))  # (B, M, 2)
+        thing = owners > 0
+        seen = self.norm(features)
+        losses = {
+            "kind": _balanced(self.kind(seen), kinds, thing),
+            "colour": _balanced(self.colour(seen), colours, thing),
+            "size": _balanced(self.size(seen), sizes, thing),
+            "middle": F.smooth_l1_loss(self.middle(seen)[thing], middles[thing], beta=0.05),
+            "place": F.smooth_l1_loss(self.place(seen), self.places[kept], beta=0.05),
+        }
+        losses |= self._dense(features, kinds, colours, thing)
+        losses["found"] = self._found(batch, owners, features)
+        losses["contrast"] = self._contrast(batch, picture)
+        return losses
+
+    def answer(
+        self, batch: Batch, features: torch.Tensor, read: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (A, words) and labels (A) of answer tokens, from `read` (B, K) of the features (B, M, D).
+
+        All questions of a picture stand behind its tokens in one sequence; each sees the picture and itself.
+        """
+        images = features.gather(1, read[..., None].expand(-1, -1, WIDTH))
+        images = self.llava.model.multi_modal_projector(images)  # (B, K, H)
+        embed = self.llava.model.language_model.embed_tokens
+        prefix = embed(torch.tensor(PREFIX, device=images.device)).expand(len(images), -1, -1)
+        rows = torch.cat([prefix, images, embed(batch.ids)], dim=1)  # (B, S, H)
+        before = prefix.shape[1] + images.shape[1]
+        positions = torch.cat(
+            [torch.arange(before, device=rows.device).expand(len(rows), -1), before + batch.offsets], dim=1
+        )
+        branches = F.pad(batch.branches, (before, 0), value=0)  # (B, S)
+        order = torch.arange(rows.shape[1], device=rows.device)
+        seen = (order[None, :, None] >= order[None, None, :]) & (
+            (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+        )
+        mask = torch.zeros(seen.shape, dtype=rows.dtype, device=rows.device)
+        mask.masked_fill_(~seen, torch.finfo(rows.dtype).min)
+        hidden = self.llava.model.language_model(
+            inputs_embeds=rows, attention_mask=mask[:, None], position_ids=positions, use_cache=False
+        ).last_hidden_state[:, before:]
+        wanted = batch.labels != IGNORED
+        return self.llava.lm_head(hidden[wanted]), batch.labels[wanted]
+
+    def _aligned(self, features: torch.Tensor) -> torch.Tensor:
+        """In the text encoder's space, of length 1: what the service compares questions with."""
+        projected = self.clip.visual_projection(self.clip.vision_model.post_layernorm(features))
+        return F.normalize(projected.float(), dim=-1)
+
+    def _text(self, ids: torch.Tensor) -> torch.Tensor:
+        """Text vectors (T, A) of length 1 of ids (T, L) that end with EOS."""
+        hidden = self.clip.text_model(input_ids=ids).last_hidden_state  # (T, L, D)
+        ends = (ids == EOS).int().argmax(dim=1)
+        pooled = self.clip.text_projection(hidden[torch.arange(len(ids), device=ids.device), ends])
+        return F.normalize(pooled.float(), dim=-1)
+
+    def _scale(self) -> torch.Tensor:
+        return self.clip.logit_scale.exp().clamp(max=100)
+
+    def _dense(
+        self, features: torch.Tensor, kinds: torch.Tensor, colours: torch.Tensor, thing: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        aligned = self._aligned(features)  # (B, M, A)
+        logits = self._scale() * aligned @ self._text(self.phrases).T  # (B, M, P)
+        whole, some_colours, some_kinds = logits.split(
+            [1 + len(COLOURS) * len(KINDS), len(COLOURS), 2 * len(KINDS)], dim=-1
+        )
+        label = torch.where(thing, 1 + (colours - 1) * len(KINDS) + kinds - 1, 0)
+        one, many = some_kinds.chunk(2, dim=-1)
+        by_kind = torch.logaddexp(one, many)
+        return {
+            "dense": _balanced(whole, label, thing),
+            "dense colour": F.cross_entropy(some_colours[thing], colours[thing] - 1),
+            "dense kind": F.cross_entropy(by_kind[thing], kinds[thing] - 1),
+        }
+
+    def _found(self, batch: Batch, owners: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """How little of a question's attention to patches falls on what it speaks of: text to patch."""
+        size, number, length = batch.question_ids.shape
+        texts = self._text(batch.question_ids.reshape(-1, length)).reshape(size, number, -1)
+        logits = self._scale() * torch.einsum("bqa,bma->bqm", texts, self._aligned(features))
+        about = batch.about.gather(2, owners[:, None].expand(-1, number, -1))  # (B, Q, M)
+        able = about.any(-1)
+        right = logits.masked_fill(~about, -1e4).logsumexp(-1)[able]
+        return (logits.logsumexp(-1)[able] - right).mean()
+
+    def _contrast(self, batch: Batch, picture: torch.Tensor) -> torch.Tensor:
+        logits = self._scale() * picture @ self._text(batch.captions).T  # (B, B)
+        label = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, label) + F.cross_entropy(logits.T, label)) / 2
+
+
+def phrase_texts() -> list[str]:
+    """What patches are compared with: background, colour and kind, colour, kind, and kind as plural."""
+    return [
+        "background",
+        *(f"a {colour} {kind}" for colour in COLOURS for kind in KINDS),
+        *(f"{colour} shape" for colour in COLOURS),
+        *(f"the {kind}" for kind in KINDS),
+        *(plural(kind) for kind in KINDS),
+    ]
+
+
+def thinned(owners: torch.Tensor, share: float, draw: torch.Generator) -> torch.Tensor:
+    """Ascending indices (B, K) of a share of tokens (B, N), each picture with its own taste for things."""
+    size, number = owners.shape
+    kept = max(1, round(share * number))
+    if kept >= number:
+        return torch.arange(number).expand(size, -1)
+    # Gumbel's trick: the taste is a factor from about 1/20 to 20 on a thing's chance
+    taste = 1.5 * torch.randn(size, 1, generator=draw)
+    noise = -torch.log(-torch.log(torch.rand(size, number, generator=draw).clamp(1e-9, 1 - 1e-7)))
+    scores = noise + taste * (owners > 0)
+    return scores.topk(kept, dim=1).indices.sort(dim=1).values
+
+
+def _balanced(logits: torch.Tensor, labels: torch.Tensor, thing: torch.Tensor) -> torch.Tensor:
+    """Cross entropy, things and background averaged apart: nine patches of ten show none."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="none")
+    flat = thing.flatten()
+    return 0.5 * (loss[flat].mean() + loss[~flat].mean())

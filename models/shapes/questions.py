@@ -1,0 +1,223 @@
+"""Questions about a scene, each with its one answer and the things it speaks of. Knows no picture."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from models.shapes.scenes import COLOURS, KINDS, MOST_THINGS, SIDE, Scene, Thing
+
+TYPES: Final = ("colour", "shape", "size", "count", "exist", "relation", "where")
+
+_APART: Final = 28.0
+"""Least pixels by which one thing is left of, or above, another for a question to ask."""
+_CLEAR: Final = 7.0
+"""Least pixels between a thing's middle and a border of the nine places for a question to ask."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """`about` are numbers of things, from 0: those whose tokens an answer needs."""
+
+    type: str
+    text: str
+    answer: str
+    about: tuple[int, ...]
+
+
+def question(scene: Scene, kind: str, draw: np.random.Generator) -> Question | None:
+    """A question of a type, or None where the scene allows none."""
+    return _MAKERS[kind](scene, draw)
+
+
+def questions(scene: Scene, number: int, draw: np.random.Generator) -> list[Question]:
+    """Questions of every type in turn; fewer where the scene allows fewer."""
+    made = (question(scene, TYPES[order % len(TYPES)], draw) for order in range(number))
+    return [each for each in made if each is not None]
+
+
+def caption(scene: Scene, draw: np.random.Generator) -> str:
+    """Every thing by name, in any order: what contrasts one picture with another."""
+    things = [scene.things[order] for order in draw.permutation(len(scene.things))]
+    return " and ".join(f"a {each.size} {each.colour} {each.kind}" for each in things)
+
+
+def _names(scene: Scene) -> list[list[str]]:
+    """For each thing the descriptions that fit no other, with the article."""
+    by_kind = Counter(each.kind for each in scene.things)
+    by_both = Counter((each.colour, each.kind) for each in scene.things)
+    by_all = Counter((each.size, each.colour, each.kind) for each in scene.things)
+    found = []
+    for each in scene.things:
+        names = []
+        if by_kind[each.kind] == 1:
+            names.append(f"the {each.kind}")
+        if by_both[each.colour, each.kind] == 1:
+            names.append(f"the {each.colour} {each.kind}")
+        if by_all[each.size, each.colour, each.kind] == 1:
+            names.append(f"the {each.size} {each.colour} {each.kind}")
+        found.append(names)
+    return found
+
+
+def _pick(draw: np.random.Generator, *choices: str) -> str:
+    return choices[int(draw.integers(len(choices)))]
+
+
+def _colour(scene: Scene, draw: np.random.Generator) -> Question | None:
+    kinds = Counter(each.kind for each in scene.things)
+    able = [order for order, each in enumerate(scene.things) if kinds[each.kind] == 1]
+    if not able:
+        return None
+    order = int(draw.choice(able))
+    thing = scene.things[order]
+    text = _pick(draw, "which colour is the {} ?", "what colour is the {} ?", "what color is the {} ?")
+    return Question("colour", text.format(thing.kind), thing.colour, (order,))
+
+
+def _shape(scene: Scene, draw: np.random.Generator) -> Question | None:
+    colours = Counter(each.colour for each in scene.things)
+    able = [order for order, each in enumerate(scene.things) if colours[each.colour] == 1]
+    if not able:
+        return None
+    order = int(draw.choice(able))
+    thing = scene.things[order]
+    text = _pick(draw, "which shape is {} ?", "what shape is {} ?", "what is the {} shape ?")
+    return Question("shape", text.format(thing.colour), thing.kind, (order,))
+
+
+def _size(scene: Scene, draw: np.random.Generator) -> Question | None:
+    names = [[each for each in some if "small" not in each and "large" not in each] for some in _names(scene)]
+    able = [order for order, some in enumerate(names) if some]
+    if not able:
+        return None
+    order = int(draw.choice(able))
+    text = _pick(draw, "is {} large or small ?", "is {} small or large ?")
+    return Question("size", text.format(_pick(draw, *names[order])), scene.things[order].size, (order,))
+
+
+def _count(scene: Scene, draw: np.random.Generator) -> Question:
+    way = int(draw.integers(3))
+    if way == 0:
+        about = tuple(range(len(scene.things)))
+        text = _pick(
+            draw, "how many shapes are there ?", "how many shapes are in the image ?", "count the shapes ."
+        )
+        return Question("count", text, str(len(about)), about)
+    if way == 1:
+        colour = _likely(draw, [each.colour for each in scene.things], list(COLOURS))
+        about = tuple(order for order, each in enumerate(scene.things) if each.colour == colour)
+        return Question("count", f"how many {colour} shapes are there ?", str(len(about)), about)
+    kind = _likely(draw, [each.kind for each in scene.things], list(KINDS))
+    about = tuple(order for order, each in enumerate(scene.things) if each.kind == kind)
+    return Question("count", f"how many {plural(kind)} are there ?", str(len(about)), about)
+
+
+def _exist(scene: Scene, draw: np.random.Generator) -> Question:
+    text = _pick(draw, "is there a {} {} ?", "do you see a {} {} ?")
+    there = {(each.colour, each.kind) for each in scene.things}
+    if draw.random() < 0.5:
+        order = int(draw.integers(len(scene.things)))
+        thing = scene.things[order]
+        return Question("exist", text.format(thing.colour, thing.kind), "yes", (order,))
+    colours = [each.colour for each in scene.things]
+    kinds = [each.kind for each in scene.things]
+    # half of the answers "no" have the colour or the shape there, on other things
+    for _ in range(20):
+        colour = _likely(draw, colours, list(COLOURS))
+        kind = _likely(draw, kinds, list(KINDS))
+        if (colour, kind) not in there:
+            about = tuple(
+                order for order, each in enumerate(scene.things) if each.colour == colour or each.kind == kind
+            )
+            return Question("exist", text.format(colour, kind), "no", about)
+    missing = next((c, k) for c in COLOURS for k in KINDS if (c, k) not in there)
+    return Question("exist", text.format(*missing), "no", ())
+
+
+def _relation(scene: Scene, draw: np.random.Generator) -> Question | None:
+    names = _names(scene)
+    able = [order for order, some in enumerate(names) if some]
+    pairs = [(one, other) for one in able for other in able if one != other]
+    draw.shuffle(pairs)
+    for one, other in pairs:
+        first, second = scene.things[one], scene.things[other]
+        across, down = first.x - second.x, first.y - second.y
+        sides = []
+        if abs(across) >= _APART:
+            sides.append(("left of", "right of", across < 0))
+        if abs(down) >= _APART:
+            sides.append(("above", "below", down < 0))
+        if not sides:
+            continue
+        nearer, further, is_nearer = sides[int(draw.integers(len(sides)))]
+        a, b = _pick(draw, *names[one]), _pick(draw, *names[other])
+        if draw.random() < 0.5:
+            asked_nearer = draw.random() < 0.5
+            word = nearer if asked_nearer else further
+            answer = "yes" if asked_nearer == is_nearer else "no"
+            return Question("relation", f"is {a} {word} {b} ?", answer, (one, other))
+        answer = (nearer if is_nearer else further).removesuffix(" of")
+        # "left or right of", "above or below"
+        text = f"is {a} {nearer.removesuffix(' of')} or {further} {b} ?"
+        return Question("relation", text, answer, (one, other))
+    return None
+
+
+def _where(scene: Scene, draw: np.random.Generator) -> Question | None:
+    names = _names(scene)
+    able = [
+        order
+        for order, each in enumerate(scene.things)
+        if names[order] and all(abs(at - edge) >= _CLEAR for at in (each.x, each.y) for edge in _EDGES)
+    ]
+    if not able:
+        return None
+    order = int(draw.choice(able))
+    return Question("where", f"where is {_pick(draw, *names[order])} ?", place(scene.things[order]), (order,))
+
+
+_EDGES: Final = (SIDE / 3, SIDE * 2 / 3)
+
+
+def place(thing: Thing) -> str:
+    """One of nine places: `top left`, …, `middle middle`, …, `bottom right`."""
+    row = ("top", "middle", "bottom")[sum(thing.y >= edge for edge in _EDGES)]
+    column = ("left", "middle", "right")[sum(thing.x >= edge for edge in _EDGES)]
+    return f"{row} {column}"
+
+
+def plural(kind: str) -> str:
+    """`crosses` of `cross`."""
+    return f"{kind}es" if kind.endswith("s") else f"{kind}s"
+
+
+def _likely(draw: np.random.Generator, there: list[str], every: list[str]) -> str:
+    """Three times out of four one that is there."""
+    return str(draw.choice(there if draw.random() < 0.75 else every))
+
+
+_MAKERS: Final = {
+    "colour": _colour,
+    "shape": _shape,
+    "size": _size,
+    "count": _count,
+    "exist": _exist,
+    "relation": _relation,
+    "where": _where,
+}
+
+ANSWERS: Final = (
+    *COLOURS,
+    *KINDS,
+    "small",
+    "large",
+    *(str(number) for number in range(MOST_THINGS + 1)),
+    "yes",
+    "no",
+    *("left", "right", "above", "below"),
+)
+"""Every one-word answer; `where` has two words more of `place`."""

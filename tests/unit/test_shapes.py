@@ -1,0 +1,141 @@
+"""The included model's scenes and questions: what is said of a picture is what is in it."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from models.shapes import architecture, scenes
+from models.shapes.batches import IGNORED, make
+from models.shapes.learner import thinned
+from models.shapes.questions import TYPES, place, questions
+from models.shapes.scenes import COLOURS, GRID, SIDE, render, scene
+
+MANY = [scene(7, number) for number in range(60)]
+
+
+def asked(types: set[str]):
+    for number, each in enumerate(MANY):
+        for question in questions(each, 21, np.random.default_rng(number)):
+            if question.type in types:
+                yield each, question
+
+
+def test_a_scene_and_its_picture_follow_from_the_seed():
+    assert scene(7, 3) == MANY[3] != MANY[4]
+    assert (render(scene(7, 3))[0] == render(MANY[3])[0]).all()
+
+
+def test_every_thing_is_where_the_scene_says_in_the_colour_it_says():
+    for each in MANY[:30]:
+        picture, owners = render(each)
+        for order, thing in enumerate(each.things, start=1):
+            rows, columns = np.nonzero(owners == order)
+            assert np.hypot(rows.mean() - thing.y, columns.mean() - thing.x) < 0.2 * thing.radius + 1
+            assert np.hypot(rows - thing.y, columns - thing.x).max() < 1.05 * thing.radius + 2
+            shown = np.median(picture[owners == order].astype(float), axis=0)
+            nearest = min(COLOURS, key=lambda name: np.abs(shown - COLOURS[name]).sum())
+            assert nearest == thing.colour
+
+
+def test_things_do_not_touch():
+    for each in MANY:
+        for one in each.things:
+            for other in each.things:
+                if one is not other:
+                    assert np.hypot(one.x - other.x, one.y - other.y) > one.radius + other.radius
+
+
+def test_colour_and_shape_are_asked_of_what_is_there_once():
+    seen = 0
+    for each, question in asked({"colour", "shape"}):
+        (about,) = question.about
+        thing = each.things[about]
+        given, answer = ("kind", "colour") if question.type == "colour" else ("colour", "kind")
+        assert getattr(thing, given) in question.text.split()
+        assert question.answer == getattr(thing, answer)
+        assert sum(getattr(other, given) == getattr(thing, given) for other in each.things) == 1
+        seen += 1
+    assert seen > 50
+
+
+def test_counts_are_counted():
+    for each, question in asked({"count"}):
+        words = question.text.replace("crosses", "cross").split()
+        wanted = [
+            thing
+            for thing in each.things
+            if ("shapes" in words and not set(words) & set(COLOURS))
+            or thing.colour in words
+            or f"{thing.kind}s" in words
+            or thing.kind in words
+        ]
+        assert question.answer == str(len(wanted)) == str(len(question.about))
+
+
+def test_exist_says_yes_of_what_is_there_alone_and_as_often_as_no():
+    answers = []
+    for each, question in asked({"exist"}):
+        there = any(
+            thing.colour in question.text.split() and thing.kind in question.text.split()
+            for thing in each.things
+        )
+        assert question.answer == ("yes" if there else "no")
+        answers.append(question.answer)
+    assert 0.35 < answers.count("yes") / len(answers) < 0.65
+
+
+def test_relations_hold_by_far():
+    seen = 0
+    for each, question in asked({"relation"}):
+        one, other = (each.things[order] for order in question.about)
+        horizontal = "left" in question.text or "right" in question.text
+        distance = one.x - other.x if horizontal else one.y - other.y
+        assert abs(distance) >= 28
+        words = ("left", "right") if horizontal else ("above", "below")
+        true = words[distance > 0]
+        if question.answer in ("yes", "no"):
+            assert question.answer == ("yes" if true in question.text.split() else "no")
+        else:
+            assert question.answer == true
+        seen += 1
+    assert seen > 30
+
+
+def test_places_are_clear_of_their_borders():
+    for each, question in asked({"where"}):
+        thing = each.things[question.about[0]]
+        assert question.answer == place(thing)
+        assert all(abs(at - edge) >= 7 for at in (thing.x, thing.y) for edge in (SIDE / 3, 2 * SIDE / 3))
+
+
+def test_the_tokenizer_knows_every_word_of_every_question_and_answer():
+    words = architecture.tokenizer()
+    for _, question in asked(set(TYPES)):
+        assert architecture.UNKNOWN not in words(f"{question.text} {question.answer}")["input_ids"]
+
+
+def test_a_batch_labels_the_answer_that_follows():
+    words = architecture.tokenizer()
+    batch = make(words, 7, 0, 4, 7)
+    assert batch.pixels.shape == (4, 3, SIDE, SIDE)
+    assert batch.owners.shape == (4, GRID * GRID)
+    for picture in range(4):
+        asked_here = questions(MANY[picture], 7, np.random.default_rng([7, picture, 2]))
+        assert batch.types[picture] == [each.type for each in asked_here]
+        for branch, each in enumerate(asked_here, start=1):
+            mine = batch.branches[picture] == branch
+            labels = batch.labels[picture][mine]
+            # what is to be said at a token is the token behind it
+            assert (labels[:-1] == batch.ids[picture][mine][1:])[labels[:-1] != IGNORED].all()
+            assert words.decode(labels[labels != IGNORED]) == f"{each.answer} </s>"
+
+
+def test_thinning_keeps_a_share_in_order_and_its_taste_for_things_varies():
+    owners = torch.from_numpy(np.stack([scenes.patch_owners(render(each)[1]).ravel() for each in MANY[:40]]))
+    kept = thinned(owners, 0.25, torch.Generator().manual_seed(0))
+    assert kept.shape == (40, 144)
+    assert (kept.diff(dim=1) > 0).all()
+    share = (owners.gather(1, kept) > 0).float().mean(1) / (owners > 0).float().mean(1)
+    assert share.min() < 0.5
+    assert share.max() > 2
