@@ -41,7 +41,7 @@ class Reply:
         self, text: str, report: llm_service_pb2.PruningReport, completion: llm_service_pb2.Completion
     ) -> bytes:
         """The answer as one object."""
-        content = {
+        content: dict[str, Any] = {
             "id": self._id,
             "object": "chat.completion",
             "created": self._created,

@@ -23,6 +23,7 @@ from hiprune.v1 import llm_service_pb2
 from services.gateway import answers, chat, images, openapi
 from services.gateway.answers import Reply
 from services.gateway.backend import Backend, Event
+from services.gateway.chat import ChatRequest
 from services.gateway.errors import HttpError, from_hiprune, unforeseen
 from services.gateway.exchange import CLIENT_LEFT, Exchange
 from services.gateway.fetch import Fetcher
@@ -174,7 +175,7 @@ class Gateway:
         ]
 
     async def _message(
-        self, asked: chat.ChatRequest, vouch: Callable[[], Awaitable[None]]
+        self, asked: ChatRequest, vouch: Callable[[], Awaitable[None]]
     ) -> llm_service_pb2.AskImageRequest:
         """The request for the llm, its images in it. Raises HipruneError."""
         slots = list(chat.images_of(asked))

@@ -33,8 +33,8 @@ Event = llm_service_pb2.AskImageResponse
 
 
 class _Stubs(NamedTuple):
-    image_qa: llm_service_pb2_grpc.ImageQaServiceStub
-    language_model: llm_service_pb2_grpc.LanguageModelServiceStub
+    image_qa: llm_service_pb2_grpc.ImageQaServiceAsyncStub
+    language_model: llm_service_pb2_grpc.LanguageModelServiceAsyncStub
     health: health_pb2_grpc.HealthStub
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import signal
 import socket
@@ -11,6 +12,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
+import openai
 import pytest
 from typer.testing import CliRunner
 
@@ -345,6 +347,31 @@ async def test_tenants_share_no_entry_of_the_cache(house):
 
     assert [await status(one), await status(one)] == [pb.CACHE_STATUS_MISS, pb.CACHE_STATUS_PRUNED_HIT]
     assert [await status(other), await status(other)] == [pb.CACHE_STATUS_MISS, pb.CACHE_STATUS_PRUNED_HIT]
+
+
+# --- over HTTP ---------------------------------------------------------------------------------------------
+
+
+async def test_a_key_and_its_limits_hold_through_the_gateway(house):
+    key = await house.add("--requests-per-minute", "1")
+    url = f"http://{await asyncio.to_thread(house.stack.start_gateway)}/v1"
+    data = base64.b64encode(IMAGE).decode()
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    turn = {"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}
+
+    async def ask(api_key: str):
+        async with openai.AsyncOpenAI(base_url=url, api_key=api_key, max_retries=0) as client:
+            return await client.chat.completions.create(model="llava", messages=[turn])
+
+    assert (await ask(key)).choices[0].message.content
+    with pytest.raises(openai.RateLimitError) as refused:
+        await ask(key)
+    assert refused.value.code == "quota"
+    assert 0 < int(refused.value.response.headers["retry-after"]) <= 120
+    with pytest.raises(openai.AuthenticationError):
+        await ask("nonsense")
+    house.said.append(house.stack.log_of("gateway"))
+    house.stack.end("gateway")
 
 
 # --- what is left behind: these two come last --------------------------------------------------------------
