@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import math
@@ -18,7 +19,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from hiprune import deadlines
-from hiprune.errors import HipruneError, Internal
+from hiprune.errors import Expired, HipruneError, Internal
 from hiprune.v1 import llm_service_pb2
 from services.gateway import answers, chat, images, openapi
 from services.gateway.answers import Reply
@@ -189,7 +190,14 @@ class Gateway:
             )
         if any(images.is_remote(slot.url) for slot in slots):
             await vouch()  # nothing is fetched for strangers
-        files = await images.load(slots, self._fetcher, self._settings.max_image_bytes)
+        limit = asyncio.timeout(deadlines.remaining_s())
+        try:
+            async with limit:
+                files = await images.load(slots, self._fetcher, self._settings.max_image_bytes)
+        except TimeoutError as error:
+            if not limit.expired():  # somebody else's
+                raise
+            raise Expired("the deadline passed before the images had come") from error
         return chat.to_request(asked, files)
 
     def _seconds(self, request: Request, *, streamed: bool) -> float:
@@ -291,7 +299,10 @@ def make_app(gateway: Gateway) -> FastAPI:
         if not app.openapi_schema:
             schema = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
             components = schema.setdefault("components", {})
-            components["schemas"] = {**components.get("schemas", {}), **openapi.schemas()}
+            components["schemas"] = openapi.schemas()
+            for path in schema["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)  # FastAPI's word for what is a 400 here
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             schema["security"] = [{"key": []}]
             app.openapi_schema = schema

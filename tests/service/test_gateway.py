@@ -27,6 +27,7 @@ from hiprune.errors import (
 )
 from hiprune.v1 import llm_service_pb2
 from hiprune.v1 import pruner_service_pb2 as pruner_pb
+from services.gateway.fetch import Fetcher
 from tests.gateways import KEY, MODEL, ScriptedLlm, gateway, scripted_llm
 
 ASK = [{"role": "user", "content": "which colour is the circle ?"}]
@@ -418,6 +419,34 @@ async def test_more_images_than_may_come_are_refused_by_name(llm):
     assert answer.json()["error"]["param"] == "messages[0].content[1].image_url.url"
 
 
+class NeverThere(Fetcher):
+    """Fetches for ever."""
+
+    async def fetch(self, url: str, field: str) -> bytes:
+        return await asyncio.Event().wait()
+
+
+async def test_an_image_that_does_not_come_before_the_deadline_is_given_up(llm):
+    turn = {"role": "user", "content": [image("https://images.example/a.png")]}
+    async with gateway(llm.address, fetcher=NeverThere()) as url, httpx2.AsyncClient() as http:
+        answer = await http.post(
+            f"{url}/v1/chat/completions",
+            json={"model": MODEL, "messages": [turn]},
+            headers={"x-request-timeout": "0.2"},
+        )
+    assert answer.status_code == 504
+    assert llm.described == 1  # nothing is fetched for who is not known
+    assert not llm.asked
+
+
+async def test_nothing_is_fetched_for_a_stranger(llm):
+    llm.key = KEY
+    turn = {"role": "user", "content": [image("https://images.example/a.png")]}
+    async with gateway(llm.address, fetcher=NeverThere()) as url, httpx2.AsyncClient() as http:
+        answer = await http.post(f"{url}/v1/chat/completions", json={"model": MODEL, "messages": [turn]})
+    assert answer.status_code == 401
+
+
 async def test_an_image_by_url_is_refused_by_default(client, llm):
     turn = {"role": "user", "content": [image("https://images.example/a.png")]}
     with pytest.raises(openai.BadRequestError) as refused:
@@ -561,6 +590,9 @@ async def test_the_description_of_the_api_has_all_that_it_refers_to(url):
         "/readyz",
     }
     text = json.dumps(described)
+    assert all(
+        "422" not in each["responses"] for path in described["paths"].values() for each in path.values()
+    )
     named = {part.partition('"')[0] for part in text.split('"#/components/schemas/')[1:]}
     assert named <= set(described["components"]["schemas"])
     assert "pruning" in described["components"]["schemas"]["ChatRequest"]["properties"]
