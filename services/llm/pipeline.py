@@ -41,6 +41,8 @@ class Request:
 
     prompt: Prompt
     sampling: Sampling
+    adapter: str = ""
+    """That answers; empty: the model as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class LanguageModel:
     limits: Limits
     max_new_tokens: int
     slots: Slots
+    adapters: Sequence[str] = ()
+    """Names of LoRA adapters that may answer in the model's place."""
 
     def read(
         self,
@@ -69,13 +73,14 @@ class LanguageModel:
 
         Raises NotFound, InvalidInput, Unsupported.
         """
-        if model not in {"", self.name}:
-            raise NotFound(f"is {model[:_SHOWN_CHARS]!r}, this service has {self.name!r}", field="model")
+        if model not in {"", self.name, *self.adapters}:
+            served = ", ".join(repr(each) for each in (self.name, *self.adapters))
+            raise NotFound(f"is {model[:_SHOWN_CHARS]!r}, this service has {served}", field="model")
         drawn = read_sampling(sampling, max_new_tokens=self.max_new_tokens)
         prompt = read_prompt(messages, self.chat, self.limits, media=media)
         # an image leaves at least one token, so a text that is too long by itself needs no encoder to say so
         self._check_length(len(prompt.token_ids))
-        return Request(prompt, drawn)
+        return Request(prompt, drawn, model if model in self.adapters else "")
 
     def read_pruned(self, media: pruner_service_pb2.PrunedMedia, field: str) -> VisualTokens:
         """Kept tokens for this model. Raises Mismatch, InvalidInput."""
@@ -100,7 +105,14 @@ class LanguageModel:
         generated: list[int] = []
         ended = False
         cached = 0
-        job = Job(prompt, request.prompt.token_ids, request.sampling, budget, auth.current().tenant.name)
+        job = Job(
+            prompt,
+            request.prompt.token_ids,
+            request.sampling,
+            budget,
+            owner=auth.current().tenant.name,
+            adapter=request.adapter,
+        )
         async with aclosing(self.engine.generate(job)) as steps:
             async for token, cached in steps:  # noqa: B007  # the last one counts
                 if not generated:

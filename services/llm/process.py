@@ -17,6 +17,7 @@ from hiprune.intake import ROOM, SMALL_REQUEST
 from hiprune.server import CanFail
 from hiprune.v1 import llm_service_pb2_grpc
 from services.llm.chat import load_chat
+from services.llm.engines.adapters import LoraAdapter, read_adapters, refuse_adapters
 from services.llm.engines.base import Engine
 from services.llm.engines.transformers import TransformersEngine
 from services.llm.families import Adapter, load_adapter
@@ -119,12 +120,16 @@ def load(settings: Settings) -> LanguageModel:
     if settings.engine == "transformers":
         bound_memory(placement, settings.gpu_memory_utilization)
     adapter = load_adapter(checkpoint, config, placement, settings.newlines)
+    name = settings.model_name or _name(settings.model, checkpoint.name)
+    if settings.engine != "vllm":
+        refuse_adapters(settings.lora_adapters, settings.engine)
+    loras = read_adapters(settings.lora_adapters, name)
     return LanguageModel(
-        name=settings.model_name or _name(settings.model, checkpoint.name),
+        name=name,
         checkpoint=checkpoint,
         chat=load_chat(checkpoint.path, adapter.image_token_id, adapter.video_token_id),
         adapter=adapter,
-        engine=make_engine(settings, checkpoint, adapter, placement),
+        engine=make_engine(settings, checkpoint, adapter, placement, loras),
         shape=TextShape.of(config.get_text_config()),
         limits=Limits(
             settings.max_messages,
@@ -135,10 +140,17 @@ def load(settings: Settings) -> LanguageModel:
         ),
         max_new_tokens=settings.max_new_tokens,
         slots=Slots(settings.max_concurrency, settings.max_queue),
+        adapters=tuple(each.name for each in loras),
     )
 
 
-def make_engine(settings: Settings, checkpoint: Checkpoint, adapter: Adapter, placement: Placement) -> Engine:
+def make_engine(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    adapter: Adapter,
+    placement: Placement,
+    loras: Sequence[LoraAdapter] = (),
+) -> Engine:
     """The engine that the settings name, not started. Raises CheckpointError, ConfigError."""
     if settings.engine == "transformers":
         return TransformersEngine(checkpoint.path, adapter.language, placement, settings.max_concurrency)
@@ -157,7 +169,12 @@ def make_engine(settings: Settings, checkpoint: Checkpoint, adapter: Adapter, pl
         from services.llm.engines.vllm import VllmEngine
 
         return VllmEngine(
-            checkpoint.path, adapter.language, placement, settings.max_concurrency, settings.vllm_arguments
+            checkpoint.path,
+            adapter.language,
+            placement,
+            settings.max_concurrency,
+            settings.vllm_arguments,
+            loras,
         )
     except ImportError as error:
         raise ConfigError(

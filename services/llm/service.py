@@ -72,6 +72,7 @@ class LanguageModelServicer(llm_service_pb2_grpc.LanguageModelServiceServicer):
             ),
             engine=model.engine.name,
             context_length=model.engine.context_length,
+            adapters=model.adapters,
         )
 
 

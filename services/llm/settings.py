@@ -51,8 +51,12 @@ class Settings(ServiceSettings):
     quantization: Annotated[str, Field(pattern=r"^[a-z0-9_]*$")] = Field(
         "", description="how the language model's weights are quantised, in vLLM's words; empty: as stored"
     )
+    lora_adapters: Annotated[str, Field(max_length=100_000)] = Field(
+        "",
+        description="LoRA adapters that clients may give as `model`, NAME=DIR,NAME=DIR; vllm alone",
+    )
     vllm_args: Annotated[str, Field(max_length=10_000)] = Field(
-        "", description='more of vLLM\'s arguments: --vllm-args="--max-model-len=8192 --enable-lora"'
+        "", description='more of vLLM\'s arguments: --vllm-args="--max-model-len=8192 --kv-cache-dtype=fp8"'
     )
 
     device: Literal["auto", "cpu", "cuda"] = Field(

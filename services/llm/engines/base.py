@@ -25,6 +25,8 @@ class Job:
     """Most tokens of the answer; with the prompt no more than the model's context."""
     owner: str = ""
     """Whose request it is: what one owner's prompt leaves in an engine's caches, no other's job finds."""
+    adapter: str = ""
+    """Name of the LoRA adapter that answers, of those the engine was made with; empty: the model as it is."""
 
 
 class Step(NamedTuple):

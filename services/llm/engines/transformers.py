@@ -14,16 +14,15 @@ import logging
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from hiprune.loading import load_part
-from hiprune.telemetry import stage
 from services.llm.engines.base import Job, Step
 from services.llm.engines.defaults import deterministic, end_tokens
+from services.llm.engines.stages import AnswerStages
 from services.llm.families import LanguagePart, SplicedPrompt
 from services.llm.placement import Placement
 from services.llm.sampling import Sampling
@@ -210,29 +209,25 @@ class _StopWhen:
 
 
 class _Relay:
-    """A streamer that hands tokens on and times the stages: prefill up to the first token, then decode."""
+    """A streamer that hands tokens on and times the stages."""
 
     def __init__(self, hand_on: Callable[[int], None]) -> None:
         self._hand_on = hand_on
-        self._stages = ExitStack()
+        self._stages = AnswerStages()
         self._prompt_seen = False
-        self._decoding = False
 
     def __enter__(self) -> None:
-        self._stages.enter_context(stage("prefill"))
+        self._stages.__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        self._stages.close()
+        self._stages.__exit__(*error)
 
     def put(self, tokens: torch.Tensor) -> None:
         """First the prompt's ids, of which there are none, then one token, (1,), at a time."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        if not self._decoding:
-            self._decoding = True
-            self._stages.close()
-            self._stages.enter_context(stage("decode"))
+        self._stages.token()
         self._hand_on(int(tokens.item()))
 
     def end(self) -> None:

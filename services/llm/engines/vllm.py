@@ -15,10 +15,10 @@ import os
 import shlex
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import ExitStack, aclosing
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, get_args
 
 import torch
 
@@ -27,11 +27,12 @@ from hiprune.checkpoints import CheckpointError
 from hiprune.config import ConfigError
 from hiprune.errors import Internal, Unavailable
 from hiprune.language_part import has_mrope
-from hiprune.telemetry import stage
 from services.llm.engines import packing
+from services.llm.engines.adapters import LoraAdapter
 from services.llm.engines.base import Job, Step
 from services.llm.engines.defaults import end_tokens, read_generation_config, refuse_beyond
 from services.llm.engines.embeddings import EmbeddingTable
+from services.llm.engines.stages import AnswerStages
 from services.llm.engines.vllm_plugin import ARCHITECTURES, PENALTY, PENALTY_KEY, language_config
 from services.llm.families import LanguagePart
 from services.llm.placement import Placement
@@ -54,6 +55,11 @@ _OURS: Final = frozenset(
         "logits-processors",
         "runner",
         "tokenizer",
+        "enable-lora",
+        "lora-modules",
+        "max-loras",
+        "max-lora-rank",
+        "max-cpu-loras",
     }
 )
 """Arguments of vLLM's that the service answers for."""
@@ -71,6 +77,7 @@ class VllmEngine:
         placement: Placement,
         max_concurrency: int,
         arguments: str = "",
+        adapters: Sequence[LoraAdapter] = (),
     ) -> None:
         """`arguments` are vLLM's own, as on its command line. Raises ConfigError, CheckpointError."""
         self._path = path
@@ -82,7 +89,8 @@ class VllmEngine:
                 f"of {', '.join(ARCHITECTURES)}"
             )
         self._mrope = has_mrope(self._config)
-        self._arguments = read_arguments(arguments, path)
+        self._adapters = adapters
+        self._arguments = read_arguments(arguments, path, adapters)
         self._max_concurrency = max_concurrency
         self._table = EmbeddingTable(path, placement)
         self._defaults = read_generation_config(path, self._config)
@@ -90,12 +98,14 @@ class VllmEngine:
         self.end_tokens = end_tokens(self._defaults)
         self.context_length = int(self._config.max_position_embeddings)
         self._engine: Any = None
+        self._lora: dict[str, Any] = {}
         self.blocks_held = 0.0
         """Share of all blocks of keys and values that running answers hold, at vLLM's last step."""
 
     async def start(self) -> None:
         """Loads the weights in processes of vLLM's. Raises CheckpointError, ConfigError."""
         self._engine = await asyncio.to_thread(self._load)
+        await self._load_adapters()
         self.context_length = int(self._engine.model_config.max_model_len)
         log.info("language model in vLLM, context %d", self.context_length)
 
@@ -120,18 +130,16 @@ class VllmEngine:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         prompt = self._prompt(job)
-        first = True
-        with ExitStack() as stages:
-            stages.enter_context(stage("prefill"))
+        adapter = self._lora[job.adapter] if job.adapter else None
+        with AnswerStages() as stages:
             try:
-                outputs = self._engine.generate(prompt, self._parameters(job), uuid.uuid4().hex)
+                outputs = self._engine.generate(
+                    prompt, self._parameters(job), uuid.uuid4().hex, lora_request=adapter
+                )
                 async with aclosing(outputs):
                     async for output in outputs:
-                        if first:
-                            first = False
-                            stages.close()
-                            stages.enter_context(stage("decode"))
                         for token in output.outputs[0].token_ids:
+                            stages.token()
                             yield Step(int(token), int(output.num_cached_tokens or 0))
             except EngineDeadError as error:
                 raise Unavailable("the language model's engine has ended", retry_after_s=5) from error
@@ -150,7 +158,7 @@ class VllmEngine:
         if not 1 <= length < self.context_length:
             raise Internal(f"a prompt of {length} tokens, expected 1 to {self.context_length - 1}")
         prompt: dict[str, Any] = {"prompt_embeds": rows.detach().cpu().contiguous()}
-        salt = [job.owner]
+        salt = [job.owner, job.adapter]
         if self._mrope:
             if positions.shape != (3, length):
                 raise Internal(f"positions of shape {tuple(positions.shape)}, expected (3, {length})")
@@ -212,13 +220,29 @@ class VllmEngine:
         except (OSError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{self._path}: vLLM did not start: {error}") from error
 
+    async def _load_adapters(self) -> None:
+        """Now and not with the first request that names one. Raises CheckpointError for what vLLM refuses."""
+        from vllm.lora.request import LoRARequest
+
+        for number, each in enumerate(self._adapters, start=1):
+            self._lora[each.name] = LoRARequest(each.name, number, str(each.path))
+            try:
+                await self._engine.add_lora(self._lora[each.name])
+            except Exception as error:  # whatever kind vLLM's process sent it as
+                await self.stop()
+                raise CheckpointError(f"{each.path}: vLLM does not take this adapter: {error}") from error
+            log.info("adapter %r of rank %d from %s", each.name, each.rank, each.path)
+
     def _tell(self, blocks_held: float) -> None:
         self.blocks_held = blocks_held
         telemetry.measure("hiprune.engine.blocks_held", blocks_held)
 
 
-def read_arguments(text: str, model: Path) -> Any:
-    """vLLM's `AsyncEngineArgs` for a model and what would stand on its command line. Raises ConfigError."""
+def read_arguments(text: str, model: Path, adapters: Sequence[LoraAdapter] = ()) -> Any:
+    """vLLM's `AsyncEngineArgs` for a model and what would stand on its command line.
+
+    Raises ConfigError, CheckpointError.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -231,10 +255,42 @@ def read_arguments(text: str, model: Path) -> Any:
         if word.startswith("--") and name in _OURS:
             raise ConfigError(f"vllm_args (--vllm-args): {word} is decided by the service's own settings")
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(exit_on_error=False))
+    words = [f"--model={model}", *_for_adapters(adapters), *words]
     try:
-        parsed, unknown = parser.parse_known_args([f"--model={model}", *words])
+        parsed, unknown = parser.parse_known_args(words)
     except (SystemExit, Exception) as error:  # argparse exits for some mistakes, whatever it was asked
         raise ConfigError(f"vllm_args (--vllm-args): {text!r}: {error}") from error
     if unknown:
         raise ConfigError(f"vllm_args (--vllm-args): vLLM has no argument {unknown[0]!r}")
+    if parsed.enforce_eager and parsed.pipeline_parallel_size > 1 and _on_cpu():
+        raise ConfigError(
+            "vllm_args (--vllm-args): --enforce-eager leaves out vLLM's warm-up, without which its groups of "
+            "layers on a CPU end at the first prompt: leave it out, or pipeline_parallel_size at 1"
+        )
     return AsyncEngineArgs.from_cli_args(parsed)
+
+
+def _for_adapters(adapters: Sequence[LoraAdapter]) -> list[str]:
+    """vLLM's arguments for adapters, all of which stay loaded. Raises CheckpointError for too high a rank."""
+    from vllm.config.lora import MaxLoRARanks
+
+    if not adapters:
+        return []
+    highest = max(adapters, key=lambda each: each.rank)
+    ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= highest.rank]
+    if not ranks:
+        raise CheckpointError(
+            f"{highest.path}: a rank of {highest.rank}, expected at most {max(get_args(MaxLoRARanks))}"
+        )
+    # on a CPU, vLLM 0.32 answers those without an adapter from the last place when others of their batch have
+    # one (`bgmv_shrink` takes -1 for an index): that place stays empty
+    places = len(adapters) + _on_cpu()
+    many = [f"--max-loras={places}", f"--max-cpu-loras={places}"]
+    return ["--enable-lora", f"--max-lora-rank={ranks[0]}", *many]
+
+
+def _on_cpu() -> bool:
+    """Whether this is vLLM's build for CPUs."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.device_type == "cpu")

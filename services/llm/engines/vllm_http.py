@@ -13,7 +13,6 @@ import io
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,10 +23,10 @@ from hiprune import deadlines
 from hiprune.config import ConfigError
 from hiprune.errors import Internal, Unavailable
 from hiprune.language_part import has_mrope
-from hiprune.telemetry import stage
 from services.llm.engines.base import Job, Step
 from services.llm.engines.defaults import end_tokens, read_generation_config, refuse_beyond
 from services.llm.engines.embeddings import EmbeddingTable
+from services.llm.engines.stages import AnswerStages
 from services.llm.families import LanguagePart
 from services.llm.placement import Placement
 
@@ -109,15 +108,10 @@ class VllmHttpEngine:
                 f"a prompt of shape {tuple(rows.shape)}, expected (S, {self._table.width}) with S in "
                 f"[1, {self.context_length - 1}]"
             )
-        with ExitStack() as stages:
-            stages.enter_context(stage("prefill"))
-            first = True
+        with AnswerStages() as stages:
             async for tokens, cached in self._stream(self._request(job)):
-                if first:
-                    first = False
-                    stages.close()
-                    stages.enter_context(stage("decode"))
                 for token in tokens:
+                    stages.token()
                     yield Step(token, cached)
 
     def _request(self, job: Job) -> dict[str, Any]:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from vllm.model_executor.models.interfaces import SupportsMRoPE
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.mistral import MistralForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.utils import WeightsMapper
 from vllm.sampling_params import SamplingParams
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-from hiprune.language_part import language_name
+from hiprune.language_part import LAYOUTS, language_name
 from services.llm.engines.packing import unpack
 from services.llm.engines.vllm_plugin import PENALTY_KEY
 
 _AXES: Final = 3
+STORED_NAMES: Final = WeightsMapper(orig_to_new_regex={re.compile(old): new for old, new in LAYOUTS.items()})
+"""Of a checkpoint's layouts, in which adapters and quantisation name what they are about."""
 
 
 def language_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -28,28 +32,33 @@ def language_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tu
             yield name, tensor
 
 
-class HipruneLlama(LlamaForCausalLM):
+class LanguagePart:
+    """What the classes below share: a language model that is part of a checkpoint, prompted by embeddings."""
+
+    embedding_modules: ClassVar[dict[str, str]] = {}
+    """None that an adapter could change: see `services.llm.engines.adapters`."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Takes what is the language model's."""
+        return super().load_weights(language_weights(weights))  # type: ignore[misc]
+
+
+class HipruneLlama(LanguagePart, LlamaForCausalLM):
     """Llama and Vicuna, as in LLaVA-1.5, LLaVA-NeXT and Video-LLaVA."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Takes what is the language model's."""
-        return super().load_weights(language_weights(weights))
+    hf_to_vllm_mapper = LlamaForCausalLM.hf_to_vllm_mapper | STORED_NAMES
 
 
-class HipruneMistral(MistralForCausalLM):
+class HipruneMistral(LanguagePart, MistralForCausalLM):
     """Mistral, as in LLaVA-NeXT."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Takes what is the language model's."""
-        return super().load_weights(language_weights(weights))
+    hf_to_vllm_mapper = MistralForCausalLM.hf_to_vllm_mapper | STORED_NAMES
 
 
-class HipruneQwen2(Qwen2ForCausalLM):
-    """Qwen2, as in LLaVA-OneVision."""
+class HipruneQwen2(LanguagePart, Qwen2ForCausalLM):
+    """Qwen2, as in LLaVA-NeXT and LLaVA-OneVision."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Takes what is the language model's."""
-        return super().load_weights(language_weights(weights))
+    hf_to_vllm_mapper = Qwen2ForCausalLM.hf_to_vllm_mapper | STORED_NAMES
 
 
 class HipruneQwen2MRope(HipruneQwen2, SupportsMRoPE):

@@ -27,17 +27,17 @@ from hiprune.v1 import media_pb2 as hiprune_dot_v1_dot_media__pb2
 from hiprune.v1 import pruner_service_pb2 as hiprune_dot_v1_dot_pruner__service__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chiprune/v1/llm_service.proto\x12\nhiprune.v1\x1a hiprune/v1/encoder_service.proto\x1a\x16hiprune/v1/media.proto\x1a\x1fhiprune/v1/pruner_service.proto\"J\n\x07Message\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.hiprune.v1.Role\x12\x1f\n\x05parts\x18\x02 \x03(\x0b\x32\x10.hiprune.v1.Part\"v\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x05media\x18\x02 \x01(\x0b\x32\x11.hiprune.v1.MediaH\x00\x12/\n\x0cpruned_media\x18\x03 \x01(\x0b\x32\x17.hiprune.v1.PrunedMediaH\x00\x42\t\n\x07\x63ontent\"\xa4\x01\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\tB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"s\n\x13GenerateTextRequest\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.hiprune.v1.Message\x12&\n\x08sampling\x18\x02 \x01(\x0b\x32\x14.hiprune.v1.Sampling\x12\r\n\x05model\x18\x03 \x01(\t\"u\n\x14GenerateTextResponse\x12&\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x15.hiprune.v1.TextDeltaH\x00\x12,\n\ncompletion\x18\x02 \x01(\x0b\x32\x16.hiprune.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"\x19\n\tTextDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x9c\x01\n\nCompletion\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.hiprune.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.hiprune.v1.Usage\x12(\n\x07timings\x18\x03 \x03(\x0b\x32\x17.hiprune.v1.StageTiming\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\"\xcd\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x1c\n\x14visual_tokens_before\x18\x03 \x01(\x05\x12\x1b\n\x13visual_tokens_after\x18\x04 \x01(\x05\x12\x1c\n\x14prefill_flops_before\x18\x05 \x01(\x01\x12\x1b\n\x13prefill_flops_after\x18\x06 \x01(\x01\x12\x1c\n\x14prompt_tokens_cached\x18\x07 \x01(\x05\"\x19\n\x17GetLanguageModelRequest\"\x84\x01\n\x18GetLanguageModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x31\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1c.hiprune.v1.ModelFingerprint\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\x05\"\x98\x01\n\x0f\x41skImageRequest\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.hiprune.v1.Message\x12\'\n\x06policy\x18\x02 \x01(\x0b\x32\x17.hiprune.v1.PrunePolicy\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.hiprune.v1.Sampling\x12\r\n\x05model\x18\x04 \x01(\t\"\x9e\x01\n\x10\x41skImageResponse\x12+\n\x06report\x18\x01 \x01(\x0b\x32\x19.hiprune.v1.PruningReportH\x00\x12&\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x15.hiprune.v1.TextDeltaH\x00\x12,\n\ncompletion\x18\x03 \x01(\x0b\x32\x16.hiprune.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"7\n\rPruningReport\x12&\n\x05media\x18\x01 \x03(\x0b\x32\x17.hiprune.v1.MediaReport\"\xd9\x01\n\x0bMediaReport\x12$\n\x05views\x18\x01 \x03(\x0b\x32\x15.hiprune.v1.Selection\x12)\n\x07summary\x18\x02 \x01(\x0b\x32\x18.hiprune.v1.PruneSummary\x12&\n\x05\x63\x61\x63he\x18\x03 \x01(\x0e\x32\x17.hiprune.v1.CacheStatus\x12(\n\x07timings\x18\x04 \x03(\x0b\x32\x17.hiprune.v1.StageTiming\x12\'\n\x06layout\x18\x05 \x01(\x0b\x32\x17.hiprune.v1.MediaLayout*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xca\x01\n\x14LanguageModelService\x12S\n\x0cGenerateText\x12\x1f.hiprune.v1.GenerateTextRequest\x1a .hiprune.v1.GenerateTextResponse0\x01\x12]\n\x10GetLanguageModel\x12#.hiprune.v1.GetLanguageModelRequest\x1a$.hiprune.v1.GetLanguageModelResponse2Y\n\x0eImageQaService\x12G\n\x08\x41skImage\x12\x1b.hiprune.v1.AskImageRequest\x1a\x1c.hiprune.v1.AskImageResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1chiprune/v1/llm_service.proto\x12\nhiprune.v1\x1a hiprune/v1/encoder_service.proto\x1a\x16hiprune/v1/media.proto\x1a\x1fhiprune/v1/pruner_service.proto\"J\n\x07Message\x12\x1e\n\x04role\x18\x01 \x01(\x0e\x32\x10.hiprune.v1.Role\x12\x1f\n\x05parts\x18\x02 \x03(\x0b\x32\x10.hiprune.v1.Part\"v\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x05media\x18\x02 \x01(\x0b\x32\x11.hiprune.v1.MediaH\x00\x12/\n\x0cpruned_media\x18\x03 \x01(\x0b\x32\x17.hiprune.v1.PrunedMediaH\x00\x42\t\n\x07\x63ontent\"\xa4\x01\n\x08Sampling\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\tB\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\"s\n\x13GenerateTextRequest\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.hiprune.v1.Message\x12&\n\x08sampling\x18\x02 \x01(\x0b\x32\x14.hiprune.v1.Sampling\x12\r\n\x05model\x18\x03 \x01(\t\"u\n\x14GenerateTextResponse\x12&\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x15.hiprune.v1.TextDeltaH\x00\x12,\n\ncompletion\x18\x02 \x01(\x0b\x32\x16.hiprune.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"\x19\n\tTextDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x9c\x01\n\nCompletion\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.hiprune.v1.FinishReason\x12 \n\x05usage\x18\x02 \x01(\x0b\x32\x11.hiprune.v1.Usage\x12(\n\x07timings\x18\x03 \x03(\x0b\x32\x17.hiprune.v1.StageTiming\x12\x11\n\ttoken_ids\x18\x04 \x03(\x05\"\xcd\x01\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x1c\n\x14visual_tokens_before\x18\x03 \x01(\x05\x12\x1b\n\x13visual_tokens_after\x18\x04 \x01(\x05\x12\x1c\n\x14prefill_flops_before\x18\x05 \x01(\x01\x12\x1b\n\x13prefill_flops_after\x18\x06 \x01(\x01\x12\x1c\n\x14prompt_tokens_cached\x18\x07 \x01(\x05\"\x19\n\x17GetLanguageModelRequest\"\x96\x01\n\x18GetLanguageModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x31\n\x0b\x66ingerprint\x18\x02 \x01(\x0b\x32\x1c.hiprune.v1.ModelFingerprint\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\x05\x12\x10\n\x08\x61\x64\x61pters\x18\x05 \x03(\t\"\x98\x01\n\x0f\x41skImageRequest\x12%\n\x08messages\x18\x01 \x03(\x0b\x32\x13.hiprune.v1.Message\x12\'\n\x06policy\x18\x02 \x01(\x0b\x32\x17.hiprune.v1.PrunePolicy\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.hiprune.v1.Sampling\x12\r\n\x05model\x18\x04 \x01(\t\"\x9e\x01\n\x10\x41skImageResponse\x12+\n\x06report\x18\x01 \x01(\x0b\x32\x19.hiprune.v1.PruningReportH\x00\x12&\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x15.hiprune.v1.TextDeltaH\x00\x12,\n\ncompletion\x18\x03 \x01(\x0b\x32\x16.hiprune.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"7\n\rPruningReport\x12&\n\x05media\x18\x01 \x03(\x0b\x32\x17.hiprune.v1.MediaReport\"\xd9\x01\n\x0bMediaReport\x12$\n\x05views\x18\x01 \x03(\x0b\x32\x15.hiprune.v1.Selection\x12)\n\x07summary\x18\x02 \x01(\x0b\x32\x18.hiprune.v1.PruneSummary\x12&\n\x05\x63\x61\x63he\x18\x03 \x01(\x0e\x32\x17.hiprune.v1.CacheStatus\x12(\n\x07timings\x18\x04 \x03(\x0b\x32\x17.hiprune.v1.StageTiming\x12\'\n\x06layout\x18\x05 \x01(\x0b\x32\x17.hiprune.v1.MediaLayout*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xca\x01\n\x14LanguageModelService\x12S\n\x0cGenerateText\x12\x1f.hiprune.v1.GenerateTextRequest\x1a .hiprune.v1.GenerateTextResponse0\x01\x12]\n\x10GetLanguageModel\x12#.hiprune.v1.GetLanguageModelRequest\x1a$.hiprune.v1.GetLanguageModelResponse2Y\n\x0eImageQaService\x12G\n\x08\x41skImage\x12\x1b.hiprune.v1.AskImageRequest\x1a\x1c.hiprune.v1.AskImageResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hiprune.v1.llm_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1883
-  _globals['_ROLE']._serialized_end=1963
-  _globals['_FINISHREASON']._serialized_start=1965
-  _globals['_FINISHREASON']._serialized_end=2060
+  _globals['_ROLE']._serialized_start=1901
+  _globals['_ROLE']._serialized_end=1981
+  _globals['_FINISHREASON']._serialized_start=1983
+  _globals['_FINISHREASON']._serialized_end=2078
   _globals['_MESSAGE']._serialized_start=135
   _globals['_MESSAGE']._serialized_end=209
   _globals['_PART']._serialized_start=211
@@ -57,17 +57,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLANGUAGEMODELREQUEST']._serialized_start=1128
   _globals['_GETLANGUAGEMODELREQUEST']._serialized_end=1153
   _globals['_GETLANGUAGEMODELRESPONSE']._serialized_start=1156
-  _globals['_GETLANGUAGEMODELRESPONSE']._serialized_end=1288
-  _globals['_ASKIMAGEREQUEST']._serialized_start=1291
-  _globals['_ASKIMAGEREQUEST']._serialized_end=1443
-  _globals['_ASKIMAGERESPONSE']._serialized_start=1446
-  _globals['_ASKIMAGERESPONSE']._serialized_end=1604
-  _globals['_PRUNINGREPORT']._serialized_start=1606
-  _globals['_PRUNINGREPORT']._serialized_end=1661
-  _globals['_MEDIAREPORT']._serialized_start=1664
-  _globals['_MEDIAREPORT']._serialized_end=1881
-  _globals['_LANGUAGEMODELSERVICE']._serialized_start=2063
-  _globals['_LANGUAGEMODELSERVICE']._serialized_end=2265
-  _globals['_IMAGEQASERVICE']._serialized_start=2267
-  _globals['_IMAGEQASERVICE']._serialized_end=2356
+  _globals['_GETLANGUAGEMODELRESPONSE']._serialized_end=1306
+  _globals['_ASKIMAGEREQUEST']._serialized_start=1309
+  _globals['_ASKIMAGEREQUEST']._serialized_end=1461
+  _globals['_ASKIMAGERESPONSE']._serialized_start=1464
+  _globals['_ASKIMAGERESPONSE']._serialized_end=1622
+  _globals['_PRUNINGREPORT']._serialized_start=1624
+  _globals['_PRUNINGREPORT']._serialized_end=1679
+  _globals['_MEDIAREPORT']._serialized_start=1682
+  _globals['_MEDIAREPORT']._serialized_end=1899
+  _globals['_LANGUAGEMODELSERVICE']._serialized_start=2081
+  _globals['_LANGUAGEMODELSERVICE']._serialized_end=2283
+  _globals['_IMAGEQASERVICE']._serialized_start=2285
+  _globals['_IMAGEQASERVICE']._serialized_end=2374
 # @@protoc_insertion_point(module_scope)

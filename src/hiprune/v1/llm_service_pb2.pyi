@@ -203,7 +203,7 @@ class GenerateTextRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Must name the model served; empty: any."""
+    """Must name the model served, or one of its adapters; empty: the model."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """The turns, oldest first; at least 1."""
@@ -396,6 +396,7 @@ class GetLanguageModelResponse(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Its name, as AskImage's `model` may give it."""
     engine: _builtins.str
@@ -406,6 +407,10 @@ class GetLanguageModelResponse(_message.Message):
     def fingerprint(self) -> _encoder_service_pb2.ModelFingerprint:
         """The tower whose tokens it takes (dtype unset: the language model converts)."""
 
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """LoRA adapters that answer in the model's place where a request's `model` names one; most services have none."""
+
     def __init__(
         self,
         *,
@@ -413,10 +418,11 @@ class GetLanguageModelResponse(_message.Message):
         fingerprint: _encoder_service_pb2.ModelFingerprint | None = ...,
         engine: _builtins.str = ...,
         context_length: _builtins.int = ...,
+        adapters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "engine", b"engine", "fingerprint", b"fingerprint", "model", b"model"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "context_length", b"context_length", "engine", b"engine", "fingerprint", b"fingerprint", "model", b"model"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -433,7 +439,7 @@ class AskImageRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Must name the model served; empty: any."""
+    """Must name the model served, or one of its adapters; empty: the model."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """The turns, oldest first; at least 1. Each request carries its media again; the cache makes that cheap."""
