@@ -5,7 +5,8 @@
 - Images: built, their sizes by layer, and what each shows of itself when it runs: its user, what can be
   written, that there is no compiler, no pip, no GPU wheel and no other service in it.
 - A pod's start: the pruner first, alive and ready while there is no encoder, then everything.
-- Answers: `hiprune ask` with each method; rows that cross from encoder to pruner through shared memory.
+- Answers: `hiprune ask` with each method, and one over HTTP; rows that cross from encoder to pruner through
+  shared memory.
 - `kill -9` of everything in each container in turn, under questions about pictures that nobody has seen: none
   is answered wrong, and how long it takes until the next right answer.
 - A pod's end, under the same: the pruner is told to stop, and the encoder when that is gone; then the rest.
@@ -18,13 +19,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import zlib
 from collections import Counter
 from collections.abc import Sequence
@@ -44,8 +48,11 @@ CLAIM: Final = (
 )
 ROOT: Final = Path(__file__).resolve().parents[1]
 SAMPLES: Final = ROOT / "models" / "shapes" / "samples"
-SERVICES: Final = ("encoder", "pruner", "llm")
+WITH_MODEL: Final = ("encoder", "pruner", "llm")
+SERVICES: Final = (*WITH_MODEL, "gateway")
 CONTAINERS: Final = ("redis", *SERVICES)
+NOT_MISSED: Final = ("redis", "gateway")
+"""Without these, the front door answers as before."""
 METHODS: Final = ("none", "hiprune", "hiprune++")
 PROJECT: Final = "hiprune-smoke"
 SHARED: Final = "an answer's rows came through shared memory"
@@ -55,7 +62,10 @@ LOAD: Final = 4
 """Questions under way at a time."""
 
 LOOK_INSIDE: Final = """
-import importlib.util, json, os, shutil, torch
+import importlib.util, json, os, shutil
+has = {name: importlib.util.find_spec(name) is not None for name in ('pip', 'PIL', 'torch', 'triton')}
+if has['torch']:
+    import torch
 def writable(folder):
     try:
         open(os.path.join(folder, 'probe'), 'w').close()
@@ -66,9 +76,8 @@ print(json.dumps({
     'user': os.getuid(),
     'services': sorted(e.name for e in os.scandir('/app/services') if e.is_dir() and e.name != '__pycache__'),
     'compilers': [name for name in ('cc', 'gcc', 'clang', 'g++') if shutil.which(name)],
-    'pip': importlib.util.find_spec('pip') is not None,
-    'pillow': importlib.util.find_spec('PIL') is not None,
-    'torch_cuda': torch.version.cuda,
+    'has': sorted(name for name in has if has[name]),
+    'torch_cuda': torch.version.cuda if has['torch'] else None,
     'writable': [each for each in ('/', '/app', '/opt', '/opt/venv', '/run', '/tmp') if writable(each)],
 }))
 """
@@ -111,6 +120,7 @@ async def run(stack: Compose, *, build: bool) -> tuple[dict[str, Any], list[str]
         asker = Asker(client)
         say("asking")
         results["answers"] = ask_by_command(stack, problems)
+        results["answers"]["over_http"] = ask_by_http(stack, problems)
         await asker.settle()
         if SHARED not in stack.logs("pruner"):
             problems.append("no row came through shared memory")
@@ -145,19 +155,23 @@ def look_at_images(version: str, problems: list[str]) -> dict[str, Any]:
         wrong = {
             "runs as root": inside["user"] == 0,
             "holds a compiler": inside["compilers"],
-            "holds pip in its environment": inside["pip"],
+            "holds pip in its environment": "pip" in inside["has"],
             f"holds other services: {inside['services']}": inside["services"] != [service],
             "holds a GPU's torch": inside["torch_cuda"],
-            "holds an image decoder that it does not need": inside["pillow"] and service != "encoder",
+            "holds an image decoder that it does not need": "PIL" in inside["has"] and service != "encoder",
+            "holds torch, which it does not need": "torch" in inside["has"] and service not in WITH_MODEL,
             f"can write to {inside['writable']}": inside["writable"] != ["/tmp"],
         }
         problems += [f"the image of {service} {what}" for what, is_so in wrong.items() if is_so]
-    common = sum(len(set(each)) == 1 for each in zip(*layers.values(), strict=False))
-    if common < 2:
-        problems.append("the images share no layer but the base")
+    # a layer that is in several images is kept once
+    digests = [layers[service] for service in WITH_MODEL]
+    common = sum(len(set(each)) == 1 for each in zip(*digests, strict=False))
+    if common <= 2:
+        problems.append("the images with a model share no layer of libraries")
+    base = found["gateway"]["layers"][0]["bytes"]
     shared = sum(layer["bytes"] for layer in found["encoder"]["layers"][:common])
-    together = sum(each["bytes"] for each in found.values()) - (len(SERVICES) - 1) * shared
-    return {**found, "shared_bytes": shared, "together_bytes": together}
+    together = sum(each["bytes"] for each in found.values()) - (len(WITH_MODEL) - 1) * shared - base
+    return {**found, "base_bytes": base, "shared_bytes": shared, "together_bytes": together}
 
 
 def layers_of(image: str) -> list[dict[str, Any]]:
@@ -167,8 +181,8 @@ def layers_of(image: str) -> list[dict[str, Any]]:
     for line in reversed(lines.splitlines()):
         size, _, made_by = line.partition("\t")
         if int(size):
-            words = made_by.replace("/bin/sh -c #(nop)", "").split()
-            found.append({"bytes": int(size), "made_by": " ".join(words)[:80]})
+            said = re.sub(r"\|\d.*?/bin/sh -c |/bin/sh -c #\(nop\) |(dir|file|multi):\w+ (in )?", "", made_by)
+            found.append({"bytes": int(size), "made_by": " ".join(said.split())[:80] or "the base image"})
     return found
 
 
@@ -177,23 +191,26 @@ def layers_of(image: str) -> list[dict[str, Any]]:
 
 def start_like_a_pod(stack: Compose, problems: list[str]) -> dict[str, Any]:
     """Redis and the pruner first; and when that is healthy, the rest. Seconds from each one's start."""
-    stack("up", "-d", "redis")
-    stack("up", "-d", "--no-deps", "pruner")
-    stack.wait_healthy("pruner")
+    healthy_s = {}
+    for name in ("redis", "pruner"):
+        stack("up", "-d", "--no-deps", name)
+        stack.wait_healthy(name)
+        healthy_s[name] = stack.healthy_s(name)
     if stack.container("encoder"):
         problems.append("the encoder was started with the pruner")
     alone = stack.health_inside("pruner", "liveness"), stack.health_inside("pruner", "")
     say("starting the encoder and the language model")
     begun = time.monotonic()
-    stack("up", "-d", "encoder", "llm")
-    for name in CONTAINERS:
+    stack("up", "-d", "encoder", "llm", "gateway")
+    for name in ("encoder", "llm", "gateway"):
         stack.wait_healthy(name)
+        healthy_s[name] = stack.healthy_s(name)
     whole = time.monotonic() - begun
     return {
         "pruner_alone": {"alive": alone[0], "ready": alone[1]},
-        "ready_s": {name: stack.ready_s(name) for name in SERVICES},
-        "healthy_s": {name: stack.healthy_s(name) for name in CONTAINERS},
-        "encoder_and_llm_in_order_s": round(whole, 1),
+        "ready_s": {name: stack.ready_s(name) for name in WITH_MODEL},
+        "healthy_s": healthy_s,
+        "the_rest_in_order_s": round(whole, 1),
     }
 
 
@@ -218,15 +235,35 @@ def ask_by_command(stack: Compose, problems: list[str]) -> dict[str, Any]:
     return found
 
 
+def ask_by_http(stack: Compose, problems: list[str]) -> str:
+    """The same question, as any client of OpenAI's API would put it."""
+    question = json.loads((SAMPLES / "questions.json").read_text("utf-8"))[0]
+    picture = base64.b64encode((SAMPLES / question["image"]).read_bytes()).decode()
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+        {"type": "text", "text": question["question"]},
+    ]
+    body = json.dumps({"model": "llava", "messages": [{"role": "user", "content": parts}]}).encode()
+    request = urllib.request.Request(
+        f"http://{stack.http_address}/v1/chat/completions", body, {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as response:
+        answer = str(json.load(response)["choices"][0]["message"]["content"])
+    if answer.strip() != question["truth"]:
+        problems.append(f"the gateway answers {answer!r}, expected {question['truth']!r}")
+    return answer
+
+
 async def kill(stack: Compose, asker: Asker, name: str, problems: list[str]) -> dict[str, Any]:
     """Kills everything in a container while questions are asked, until it is back and they are answered."""
     started = stack.started(name)
     asker.begin()
     load = asyncio.create_task(asker.load())
     await asyncio.sleep(1.0)
-    begun = time.monotonic()
+    # on a thread, all of it: answers are to be seen when they come
     await asyncio.to_thread(stack.kill_inside, name)
-    while stack.started(name) == started:
+    begun = time.monotonic()
+    while await asyncio.to_thread(stack.started, name) == started:
         if time.monotonic() - begun > START_S:
             problems.append(f"{name} was not started again")
             break
@@ -244,8 +281,8 @@ async def kill(stack: Compose, asker: Asker, name: str, problems: list[str]) -> 
         problems.append(f"{asker.wrong} wrong answers around the end of {name}")
     if first_right is None:
         problems.append(f"no right answer after the end of {name}")
-    if name == "redis" and asker.refused:
-        problems.append(f"{sum(asker.refused.values())} requests failed for want of Redis")
+    if name in NOT_MISSED and asker.refused:
+        problems.append(f"{sum(asker.refused.values())} requests failed for want of the {name}")
     return {
         "started_again_s": round(back - begun, 2),
         "right_answer_s": None if first_right is None else round(first_right - begun, 2),
@@ -271,7 +308,7 @@ async def stop_like_a_pod(stack: Compose, asker: Asker, problems: list[str]) -> 
         problems.append(f"{len(lost)} requests were lost that had begun before the pod was told to stop")
     if asker.wrong:
         problems.append(f"{asker.wrong} wrong answers while the pod stopped")
-    stack("stop", "--timeout", "60")
+    await asyncio.to_thread(stack, "stop", "--timeout", "60")
     codes = {name: stack.state(name)["ExitCode"] for name in SERVICES}
     problems += [f"{name} left with code {code}" for name, code in codes.items() if code]
     return {"pod_gone_s": round(gone_s, 1), "lost": len(lost), "exit_codes": codes, **asker.summary()}
@@ -353,8 +390,8 @@ class Compose:
     """A Compose project of its own on the repository's file: `stack("up", "-d")`."""
 
     def __init__(self, scratch: Path) -> None:
-        port = free_port()
-        self.address = f"127.0.0.1:{port}"
+        port, http_port = free_port(), free_port()
+        self.address, self.http_address = f"127.0.0.1:{port}", f"127.0.0.1:{http_port}"
         plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False)
         self._program = ["docker-compose"] if plugin.returncode else ["docker", "compose"]
         if plugin.returncode and shutil.which("docker-compose") is None:
@@ -376,7 +413,8 @@ class Compose:
             str(override),
         ]
         self._options = ["-p", PROJECT, *files]
-        self._environ = {**os.environ, "HIPRUNE_PORT": str(port)}
+        self._ids: dict[str, str] = {}
+        self._environ = {**os.environ, "HIPRUNE_PORT": str(port), "HIPRUNE_HTTP_PORT": str(http_port)}
         self.version = self._run("version", "--short").strip()
         settings = dict(
             line.split("=", 1)
@@ -404,12 +442,12 @@ class Compose:
         self("down", "--volumes", "--timeout", "60")
 
     def container(self, name: str) -> str:
-        """Its id; empty where there is none."""
-        return self("ps", "-a", "-q", name).strip() if self._is_v2 else self("ps", "-q", name).strip()
-
-    @property
-    def _is_v2(self) -> bool:
-        return self._program[0] == "docker"
+        """Its id, the same after a new start; empty where there is none."""
+        if not self._ids.get(name):
+            # Compose 2 would leave out those that have ended
+            every = ["-a"] if self._program[0] == "docker" else []
+            self._ids[name] = self("ps", *every, "-q", name).strip()
+        return self._ids[name]
 
     def state(self, name: str) -> dict[str, Any]:
         """What Docker says of it."""
@@ -440,7 +478,7 @@ class Compose:
         return None if at is None else round(seconds_between(self.started(name), at), 1)
 
     def healthy_s(self, name: str) -> float:
-        """Seconds from its start to the end of the first health check that found it well."""
+        """Seconds from its start to the end of the first health check, of the last five, that was well."""
         state = self.state(name)
         ends = [each["End"] for each in state["Health"]["Log"] if each["ExitCode"] == 0]
         return round(seconds_between(state["StartedAt"], ends[0]), 1)
@@ -492,12 +530,12 @@ def show(results: dict[str, Any]) -> None:
         return f"{size / 1e6:.0f}"
 
     rows: list[Sequence[object]] = [
-        (name, mb(images[name]["bytes"]), start["ready_s"][name], start["healthy_s"][name])
+        (name, mb(images[name]["bytes"]), start["ready_s"].get(name, ""), start["healthy_s"][name])
         for name in SERVICES
     ]
     report.table("images", ("", "MB", "ready, s", "healthy, s"), rows)
-    together, shared = mb(images["together_bytes"]), mb(images["shared_bytes"])
-    print(f"the three together {together} MB, of which shared {shared} MB")
+    together, base = mb(images["together_bytes"]), mb(images["base_bytes"])
+    print(f"all together {together} MB, of which the base is {base} MB")
     rows = [
         (name, each["started_again_s"], each["right_answer_s"], each["right"], sum(each["refused"].values()))
         for name, each in results["kill"].items()

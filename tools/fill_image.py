@@ -7,7 +7,7 @@
 What several images need is the same files in the same layer of each, kept and sent once. torch comes first,
 alone and pinned, for the reasons in docs/decisions/0007-torch-first.md; TORCH_INDEX names the package index
 for that step where the usual one has another build of it. `try` shows that an image lacks nothing, and leaves
-the bytecode of what was imported. Needs the standard library alone; knows no Docker.
+in /opt/bytecode what was imported, compiled. Needs the standard library alone; knows no Docker.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ ROOT: Final = Path(__file__).resolve().parent.parent
 VENV: Final = Path("/opt/venv")
 OWN: Final = Path("/opt/service")
 """On the environment's path by `service.pth`, also where there is no such folder, which is no error."""
+BYTECODE: Final = Path("/opt/bytecode")
+"""PYTHONPYCACHEPREFIX of the image. Libraries come uncompiled: a service imports a quarter of them."""
 WITH_MODEL: Final = ("encoder", "pruner", "llm")
 NEVER_ON_A_GPU: Final = ("pruner",)
 PATIENCE_S: Final = 300.0
@@ -72,7 +74,6 @@ def fill_common(accelerator: str) -> None:
     check_build(accelerator)
     pip(*shared_requirements())
     leave_out()
-    compile_all()
 
 
 def fill_own(service: str) -> None:
@@ -84,6 +85,7 @@ def fill_own(service: str) -> None:
     site = site_packages()
     before = set(files_in(site))
     pip(*requirements(service))
+    leave_out()
     OWN.mkdir(exist_ok=True)
     for path in sorted(set(files_in(site)) - before):
         target = OWN / path.relative_to(site)
@@ -96,13 +98,18 @@ def try_once(service: str) -> None:
     address = f"unix:/tmp/{service}.sock"  # in a stage that nobody else is in
     prefix = f"HIPRUNE_{service.upper()}_"
     environ = {**os.environ, f"{prefix}LISTEN": address, "HF_HUB_OFFLINE": "1"}
-    environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    environ |= {"PYTHONPYCACHEPREFIX": str(BYTECODE), "PYTHONDONTWRITEBYTECODE": ""}
     python = str(VENV / "bin" / "python")
+    # what is nothing without another service is only to live
+    question = [] if service in WITH_MODEL else ["liveness"]
     process = subprocess.Popen([python, "-m", f"services.{service}"], env=environ)
     deadline = time.monotonic() + PATIENCE_S
     try:
         while subprocess.run(
-            [python, "-m", "hiprune.health", service], env=environ, stderr=subprocess.DEVNULL, check=False
+            [python, "-m", "hiprune.health", service, *question],
+            env=environ,
+            stderr=subprocess.DEVNULL,
+            check=False,
         ).returncode:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"{service} did not become ready; its reason stands above")
@@ -190,12 +197,6 @@ def leave_out() -> None:
     for path in (VENV / "bin").iterdir():
         if not path.name.startswith("python"):
             path.unlink()
-
-
-def compile_all() -> None:
-    """Bytecode of what is left: at run time nothing could be written, and starting would take longer."""
-    command = [str(VENV / "bin" / "python"), "-m", "compileall", "-q", "-j", "0", str(site_packages())]
-    subprocess.run(command, check=False)  # packages ship templates that are no Python
 
 
 def files_in(folder: Path) -> Iterable[Path]:

@@ -8,12 +8,15 @@ source, before it compiles.
 `python -m services.encoder.triton_cache FOLDER`, where there is a compiler and no GPU, puts it into FOLDER;
 `TRITON_CACHE_MANAGER=services.encoder.triton_cache:ReadyMade` has Triton look there behind its own cache. A
 Triton with another source finds nothing, says that it needs a compiler, and the encoder does without its
-kernels: see `services.encoder.kernels.probe`. Imported by Triton alone, and where images are built.
+kernels: see `services.encoder.kernels.probe`. So does one beside which there is the program `file` where there
+was none at the build, or the other way round: the digest has what that says of Python in it. Imported by Triton
+alone, and where images are built.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +28,7 @@ from triton.runtime.cache import FileCacheManager
 
 FOLDER: Final = Path("/opt/triton")
 MODULE: Final = "cuda_utils"
+DRIVER: Final = "libcuda.so.1"
 
 
 class ReadyMade(FileCacheManager):  # type: ignore[misc]  # untyped upstream
@@ -43,17 +47,22 @@ def make(folder: Path) -> list[Path]:
     Raises what the compiler does.
     """
     from triton import knobs
-    from triton.backends.nvidia.driver import CudaUtils
+    from triton.backends.nvidia import driver
 
     with tempfile.TemporaryDirectory() as scratch:
-        # the linker wants a library of that name; the real one is the driver's, and is there at run time
-        stand_in = str(Path(scratch) / "libcuda.so.1")
-        compiler = os.environ.get("CC", "gcc")
-        command = [compiler, "-shared", "-o", stand_in, "-Wl,-soname,libcuda.so.1", "-x", "c", os.devnull]
-        subprocess.run(command, check=True)  # noqa: S603  # what Triton itself would run
+        # The linker wants a library of that name, and notes it only if it has what is called. The real one is
+        # the driver's, and is there at run time.
+        source = Path(driver.dirname, "driver.c").read_text("utf-8")
+        called = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\()", source)))
+        stand_in = Path(scratch) / "libcuda.c"
+        stand_in.write_text("".join(f"void {name}(void) {{}}\n" for name in called), "utf-8")
+        library = str(Path(scratch) / DRIVER)
+        command = [os.environ.get("CC", "gcc"), "-shared", "-o", library, f"-Wl,-soname,{DRIVER}"]
+        # what Triton itself would run
+        subprocess.run([*command, str(stand_in)], check=True)  # noqa: S603
         knobs.cache.dir, knobs.nvidia.libcuda_path = str(folder), scratch
         with suppress(ImportError):  # it has been stored by then; without a driver it cannot be loaded
-            CudaUtils()
+            driver.CudaUtils()
     return sorted(folder.rglob(f"{MODULE}*.so"))
 
 

@@ -6,7 +6,8 @@ with 0 if the service says SERVING; with 1 and one line of why if it says anythi
 
 The service is named, and its address and certificate are read from the variables that it was started with
 (`HIPRUNE_ENCODER_LISTEN`, `HIPRUNE_ENCODER_TLS_CERT`, …); a flag that it was started with is not seen. Or an
-address is given, HOST:PORT or unix:PATH. Without `liveness`, the question is whether it is ready.
+address is given, HOST:PORT or unix:PATH. Without `liveness`, the question is whether it is ready. The gateway
+is asked by HTTP.
 
 Runs every few seconds beside a service that has better things to do, so it imports gRPC and nothing of ours.
 """
@@ -19,6 +20,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Mapping, Sequence
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +29,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 TIMEOUT_S: Final = 3.0
 
+_BY_HTTP: Final = {"gateway": {"": "/readyz", "liveness": "/healthz"}}
+"""Services that do not speak gRPC, and the path of each question."""
 _EVERYWHERE: Final = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "*": "127.0.0.1"}  # noqa: S104  # not to bind
 
 
@@ -46,7 +50,10 @@ def main(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         print(f"hiprune.health: {error}", file=sys.stderr)
         return 2
     try:
-        ask(address, name, certificate, key)
+        if whom in _BY_HTTP:
+            ask_by_http(address, _BY_HTTP[whom].get(name, name), certificate)
+        else:
+            ask(address, name, certificate, key)
     except NotServing as error:
         print(f"{whom}: {error}", file=sys.stderr)
         return 1
@@ -104,19 +111,50 @@ def ask(address: str, name: str = "", certificate: str = "", key: str = "") -> N
         raise NotServing(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
 
 
-def _name_in(address: str, certificate: str, key: str) -> str:
-    """A name that the certificate which the service shows was made for: gRPC wants one. Raises OSError."""
+def ask_by_http(address: str, path: str, certificate: str = "") -> None:
+    """Returns if the service answers a GET of `path` with 200; raises NotServing otherwise.
+
+    With a `certificate`, it must show that very one.
+    """
+    connection = HTTPConnection("localhost", timeout=TIMEOUT_S)
+    try:
+        if address.startswith("unix:"):
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(TIMEOUT_S)
+            connection.sock.connect(address.removeprefix("unix:"))
+        else:
+            plain = _connect(address)
+            connection.sock = _trusting(certificate).wrap_socket(plain) if certificate else plain
+        connection.request("GET", path)
+        status = connection.getresponse().status
+    except (OSError, HTTPException) as error:
+        raise NotServing(str(error) or type(error).__name__) from error
+    finally:
+        connection.close()
+    if status != 200:
+        raise NotServing(f"{path}: {status}")
+
+
+def _connect(address: str) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S)
+
+
+def _trusting(certificate: str) -> ssl.SSLContext:
+    """TLS with whoever shows that certificate, whatever name it is for. Raises OSError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # this certificate is all the authority there is
     context.load_verify_locations(certificate)
+    return context
+
+
+def _name_in(address: str, certificate: str, key: str) -> str:
+    """A name that the certificate which the service shows was made for: gRPC wants one. Raises OSError."""
+    context = _trusting(certificate)
     context.load_cert_chain(certificate, key, password="")
     context.set_alpn_protocols(["h2"])
-    host, _, port = address.rpartition(":")
-    with (
-        socket.create_connection((host.strip("[]"), int(port)), TIMEOUT_S) as plain,
-        context.wrap_socket(plain) as secured,
-    ):
+    with _connect(address) as plain, context.wrap_socket(plain) as secured:
         shown: dict[str, Any] = secured.getpeercert() or {}
     names = [value for kind, value in shown.get("subjectAltName", ()) if kind in ("DNS", "IP Address")]
     return str(names[0]).replace("*", "any") if names else "localhost"

@@ -130,6 +130,7 @@ def test_an_image_takes_the_service_the_library_and_the_model_and_nothing_else(s
         "--from=common /opt/venv /opt/venv",
         "--from=own /opt/venv /opt/venv",
         "--from=own /opt/service /opt/service",
+        "--from=own /opt/bytecode /opt/bytecode",
         "--from=own /opt/triton /opt/triton",
         "--from=own /app /app",
     }
@@ -319,6 +320,13 @@ def test_redis_is_a_cache_of_bounded_size() -> None:
     assert "--maxmemory-policy allkeys-lru" in command
     assert '--save ""' in command
     assert "--appendonly no" in command
+
+
+def test_what_the_profile_mounts_is_there() -> None:
+    for _, each in containers():
+        for volume in each.get("volumes", ()):
+            if volume.startswith("./"):
+                assert (ROOT / volume.split(":")[0]).exists(), volume
 
 
 def filled(value: str) -> str:

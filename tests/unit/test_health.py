@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import grpc
 import pytest
@@ -101,3 +104,43 @@ def test_the_command_imports_grpc_and_nothing_of_ours() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+@contextmanager
+def answering(status: dict[str, int], *, certificate: str = "", key: str = "") -> Iterator[int]:
+    """An HTTP server that answers each path with a status: its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status[self.path])
+            self.end_headers()
+
+        def log_message(self, *said: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_the_gateway_is_asked_by_http(tmp_path: Path, tls: bool) -> None:
+    certificate, key, _ = Authority("ours").write(tmp_path / "ours") if tls else ("", "", "")
+    with answering({"/healthz": 200, "/readyz": 503}, certificate=certificate, key=key) as port:
+        environ = {"HIPRUNE_GATEWAY_LISTEN": f"0.0.0.0:{port}", "HIPRUNE_GATEWAY_TLS_CERT": certificate}
+        assert main(["gateway", "liveness"], environ) == 0
+        assert main(["gateway"], environ) == 1
+        if tls:
+            other, _, _ = Authority("theirs").write(tmp_path / "theirs")
+            assert main(["gateway", "liveness"], {**environ, "HIPRUNE_GATEWAY_TLS_CERT": other}) == 1
+    assert main(["gateway", "liveness"], environ) == 1
