@@ -8,9 +8,9 @@ source, before it compiles.
 `python -m services.encoder.triton_cache FOLDER`, where there is a compiler and no GPU, puts it into FOLDER;
 `TRITON_CACHE_MANAGER=services.encoder.triton_cache:ReadyMade` has Triton look there behind its own cache. A
 Triton with another source finds nothing, says that it needs a compiler, and the encoder does without its
-kernels: see `services.encoder.kernels.probe`. So does one beside which there is the program `file` where there
-was none at the build, or the other way round: the digest has what that says of Python in it. Imported by Triton
-alone, and where images are built.
+kernels: see `services.encoder.kernels.probe`. So it is where the program `file` is there and was not at the
+build, or the other way round: the digest has in it what that says of Python. Imported by Triton alone, and
+where images are built.
 """
 
 from __future__ import annotations
