@@ -57,8 +57,8 @@ def read_data_url(url: str, field: str, max_bytes: int) -> bytes:
         raise InvalidInput("is no data: URL of an image, expected data:image/png;base64,…", field=field)
     if kind.strip() not in MEDIA_TYPES:
         raise InvalidInput(f"is of type {kind!r}, expected one of {', '.join(MEDIA_TYPES)}", field=field)
-    size = len(encoded) // 4 * 3
-    if size > max_bytes + 2:  # padding
+    size = len(encoded) // 4 * 3 - encoded[-2:].count("=")
+    if size > max_bytes:
         raise InvalidInput(
             f"{size} bytes, expected at most {max_bytes}", reason="LIMIT_EXCEEDED", field=field
         )

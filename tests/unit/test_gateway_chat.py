@@ -6,8 +6,12 @@ import base64
 import json
 import subprocess
 import sys
+from contextlib import suppress
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
+from hypothesis import given
 
 from hiprune.errors import HipruneError, InvalidInput, Unsupported
 from hiprune.v1 import llm_service_pb2
@@ -146,6 +150,7 @@ def test_parameters_that_would_change_the_answer_are_refused_by_name(fields):
         (b"[]", "", "INVALID_JSON"),
         (b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}', "", "INVALID_JSON"),
         (b"\xff", "", "INVALID_JSON"),
+        (b'{"model": "m", "messages": ' + b"[" * 100_000, "", "INVALID_JSON"),
         (b"{}", "model", "MISSING_FIELD"),
         (body(model=""), "model", "MISSING_FIELD"),
         (body(model=5), "model", "INVALID_FIELD"),
@@ -231,12 +236,62 @@ def test_the_newer_name_of_max_tokens_is_kept_where_it_was_used():
     assert naming("sampling.stop[0]") == "stop[0]"
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
+    max_leaves=9,
+)
+PART = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image_url", "refusal", "input_audio"]) | JSON},
+    optional={"text": st.text() | JSON, "image_url": st.fixed_dictionaries({"url": st.text()}) | JSON},
+)
+TURN = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "tool"]) | JSON},
+    optional={"content": st.text() | st.lists(PART, max_size=3) | JSON, "tool_calls": JSON},
+)
+FIELDS = [*chat.ChatRequest.model_fields, "n", "tools", "logprobs", "response_format", "nonsense"]
+PRUNING = st.fixed_dictionaries({}, optional=dict.fromkeys([*chat.Pruning.model_fields, "more"], JSON))
+
+
+@given(
+    turns=st.lists(TURN, max_size=3) | JSON,
+    pruning=PRUNING | JSON,
+    more=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
+)
+@hypothesis.settings(max_examples=200)
+def test_any_json_is_a_request_or_is_refused(turns, pruning, more):
+    raw = json.dumps({"model": "m", "messages": turns, "pruning": pruning, **more}).encode()
+    with suppress(InvalidInput, Unsupported):
+        read = read_chat(raw)
+        to_request(read, [b"x"] * len(list(chat.images_of(read))))
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_a_request_or_are_refused(raw):
+    with pytest.raises((InvalidInput, Unsupported)):
+        read_chat(raw)
+
+
+@given(st.text(max_size=64), st.sampled_from(["", "data:", "data:image/png;base64,"]))
+def test_any_text_is_a_file_or_is_refused(text, head):
+    with suppress(InvalidInput):
+        assert len(images.read_data_url(head + text, "f", 32)) <= 32
+
+
 # --- data URLs ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["image/png", "image/jpeg", "image/webp", "image/gif", "IMAGE/PNG"])
 def test_a_data_url_holds_a_file(kind):
     assert images.read_data_url(f"data:{kind};base64,{PNG}", "f", 8) == b"an image"
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_the_bound_of_a_file_is_met_to_the_byte(size):
+    url = "data:image/png;base64," + base64.b64encode(bytes(size)).decode()
+    assert len(images.read_data_url(url, "f", size)) == size
+    with pytest.raises(InvalidInput, match=f"{size} bytes, expected at most {size - 1}"):
+        images.read_data_url(url, "f", size - 1)
 
 
 @pytest.mark.parametrize(
