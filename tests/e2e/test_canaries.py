@@ -1,5 +1,5 @@
-"""Claim: no secret, and nothing that a client sent or got, is in a log, an error, a command line, what a
-service tells of itself, or Redis.
+"""Claim: no secret, and nothing that a client sent or got, is in a log, an error, a trace, a metric, a
+command line, what a service tells of itself, or Redis.
 
 Every secret, and everything personal in a request, holds a canary of its own. Then as much as possible goes
 wrong, with every service at log level debug, and all that can be read afterwards is searched.
@@ -15,6 +15,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ from hiprune.v1 import encoder_service_pb2 as encoder_pb
 from hiprune.v1 import encoder_service_pb2_grpc, llm_service_pb2, pruner_service_pb2_grpc
 from hiprune.v1 import pruner_service_pb2 as pb
 from hiprune.v1.media_pb2 import Media
+from tests import otlp
 from tests.certificates import Authority, TlsStack
 from tests.redis_servers import free_port
 from tests.stacks import SAMPLES
@@ -72,6 +74,10 @@ def tagged_picture() -> bytes:
 
 class House:
     """The stack, and everything that anybody was told."""
+
+    collector: otlp.Collector
+    ports: dict[str, int]
+    """Where each service's metrics are."""
 
     def __init__(
         self, stack: TlsStack, folder: Path, redis_process: subprocess.Popen[bytes], url: str
@@ -138,6 +144,11 @@ class House:
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    with otlp.running() as collector:
+        yield from furnished(tmp_path_factory, collector)
+
+
+def furnished(tmp_path_factory: pytest.TempPathFactory, collector: otlp.Collector) -> Iterator[House]:
     from tests.conftest import spawn_redis
 
     folder = tmp_path_factory.mktemp("canaries")
@@ -145,6 +156,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     with_password = url.replace("unix://", f"unix://:{REDIS_PASSWORD}@")
     certificate, private, trusted = Authority("ours").write(folder / "tls")
     encoder, pruner = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    ports = {service: free_port() for service in SERVICES}
     environ = {
         "HIPRUNE_ENCODER_LISTEN": encoder,
         "HIPRUNE_PRUNER_LISTEN": pruner,
@@ -156,15 +168,20 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         "HIPRUNE_LLM_TLS_CERT": certificate,
         "HIPRUNE_LLM_TLS_KEY": private,
         "OTEL_EXPORTER_OTLP_HEADERS": f"authorization=Bearer {OTLP_HEADER}",
+        "OTEL_BSP_SCHEDULE_DELAY": "200",
+        "OTEL_METRIC_EXPORT_INTERVAL": "1000",
     }
     for service in SERVICES:
         environ |= {
             f"HIPRUNE_{service.upper()}_{name}": value
             for name, value in {
                 "LOG_LEVEL": "debug",
+                "LOG_FORMAT": "text" if service == "encoder" else "json",
                 "PEER_TOKEN": PEER_TOKEN,
                 "LIMITS_REDIS_URL": with_password,
-                "OTLP_ENDPOINT": f"127.0.0.1:{free_port()}",  # where nobody listens
+                # where nobody listens for the one, which has to say so
+                "OTLP_ENDPOINT": f"127.0.0.1:{free_port()}" if service == "encoder" else collector.address,
+                "METRICS_LISTEN": f"127.0.0.1:{ports[service]}",
                 "TENANTS": "" if service == "encoder" else str(folder / "tenants.yaml"),
             }.items()
         }
@@ -179,6 +196,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         with stack:
             made = House(stack, folder, process, url)
             made.key = added.stdout.strip()
+            made.collector, made.ports = collector, ports
             yield made
     finally:
         process.kill()
@@ -326,8 +344,28 @@ async def test_an_encoder_that_is_gone_is_unavailable(house):
 def test_no_log_holds_a_canary(house):
     for service in SERVICES:
         text = house.stack.log_of(service)
-        assert re.search(r" DEBUG ", text), f"the {service} logs no details, and so proves nothing"
+        assert re.search(r' DEBUG |"level": "debug"', text), (
+            f"the {service} logs no details, so proves nothing"
+        )
         assert not house.leaks(text), service
+
+
+def test_nothing_that_a_collector_or_a_scraper_gets_holds_a_canary(house):
+    names = {span.name for span in house.collector.spans}
+    assert {"AskImage", "PruneImage", "select", "text", "prefill"} <= names
+    assert any(span.status == 2 for span in house.collector.spans), "no span of an error proves nothing"
+    assert house.collector.metrics
+    sent = [request.decode("latin-1") for request in house.collector.raw]
+    assert not house.leaks(*sent)
+    for service in ("pruner", "llm"):
+        for accept in ("text/plain", "application/openmetrics-text"):
+            url = f"http://127.0.0.1:{house.ports[service]}/metrics"
+            with urllib.request.urlopen(
+                urllib.request.Request(url, headers={"Accept": accept}), timeout=10
+            ) as answer:
+                page = answer.read().decode()
+            assert "hiprune_errors_total{" in page
+            assert not house.leaks(page)
 
 
 def test_no_error_holds_a_canary(house):

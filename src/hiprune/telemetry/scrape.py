@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import threading
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 
@@ -115,70 +115,72 @@ def _handler(registry: CollectorRegistry) -> type[BaseHTTPRequestHandler]:
 
 
 class _Metrics(Collector):
+    """OpenTelemetry's metrics as prometheus_client has them, the resource as `target_info`."""
+
     def __init__(self, reader: ScrapeReader) -> None:
         self._reader = reader
+        # OpenTelemetry forgets an exemplar once it was collected; here it stays until a later one comes, so
+        # that two who scrape do not take them from each other. One a bucket: no more than there are series.
+        self._exemplars: dict[tuple[str, ...], Exemplar] = {}
 
     def collect(self) -> Iterable[Family]:
         data = self._reader.read()
-        return families(data) if data is not None else ()
+        for resource in data.resource_metrics if data is not None else ():
+            yield _target(resource.resource.attributes)
+            for scope in resource.scope_metrics:
+                if scope.scope.name == names.SCOPE:
+                    yield from map(self._family_of, scope.metrics)
 
     def describe(self) -> Iterable[Family]:
         return ()  # or the registry would collect before there is anything
 
+    def _family_of(self, metric: Metric) -> Family:
+        about, unit = metric.description or "", metric.unit or ""
+        match metric.data:
+            case Sum(data_points=points):
+                name = names.prometheus_name(metric.name, "counter", unit)
+                family = Family(name, about, "counter")
+                for point in points:
+                    family.add_sample(f"{name}_total", _labels(point), point.value)
+            case Gauge(data_points=points):
+                name = names.prometheus_name(metric.name, "gauge", unit)
+                family = Family(name, about, "gauge")
+                for point in points:
+                    family.add_sample(name, _labels(point), point.value)
+            case Histogram(data_points=points):
+                name = names.prometheus_name(metric.name, "histogram", unit)
+                family = Family(name, about, "histogram")
+                for each in points:
+                    self._add_buckets(family, name, each)
+            case _:
+                raise TypeError(f"{metric.name}: no metric of ours is a {type(metric.data).__name__}")
+        return family
 
-def families(data: MetricsData) -> Iterator[Family]:
-    """OpenTelemetry's metrics as prometheus_client has them, the resource as `target_info`."""
-    for number, resource in enumerate(data.resource_metrics):
-        if number == 0:
-            target = Family("target", "Who is asked", "info")
-            labels = {
-                name.replace(".", "_"): str(value) for name, value in resource.resource.attributes.items()
-            }
-            target.add_sample("target_info", labels, 1.0)
-            yield target
-        for scope in resource.scope_metrics:
-            if scope.scope.name == names.SCOPE:
-                yield from map(_family_of, scope.metrics)
+    def _add_buckets(self, family: Family, name: str, point: HistogramDataPoint) -> None:
+        labels = _labels(point)
+        bounds = (*point.explicit_bounds, float("inf"))
+        series = [
+            (name, *labels.values(), "+Inf" if bound == float("inf") else str(bound)) for bound in bounds
+        ]
+        for each in point.exemplars:
+            if each.trace_id and each.span_id:
+                ids = {"trace_id": f"{each.trace_id:032x}", "span_id": f"{each.span_id:016x}"}
+                place = bisect_left(point.explicit_bounds, each.value)
+                self._exemplars[series[place]] = Exemplar(ids, each.value, each.time_unix_nano / 1e9)
+        total = 0
+        for bucket, count in zip(series, point.bucket_counts, strict=True):
+            total += count
+            own = {**labels, "le": bucket[-1]}
+            family.add_sample(f"{name}_bucket", own, total, exemplar=self._exemplars.get(bucket))
+        family.add_sample(f"{name}_count", labels, point.count)
+        family.add_sample(f"{name}_sum", labels, point.sum)
 
 
-def _family_of(metric: Metric) -> Family:
-    match metric.data:
-        case Sum(data_points=points):
-            name = names.prometheus_name(metric.name, "counter", metric.unit or "")
-            family = Family(name, metric.description or "", "counter")
-            for point in points:
-                family.add_sample(f"{name}_total", _labels(point), point.value)
-        case Gauge(data_points=points):
-            name = names.prometheus_name(metric.name, "gauge", metric.unit or "")
-            family = Family(name, metric.description or "", "gauge")
-            for point in points:
-                family.add_sample(name, _labels(point), point.value)
-        case Histogram(data_points=points):
-            name = names.prometheus_name(metric.name, "histogram", metric.unit or "")
-            family = Family(name, metric.description or "", "histogram")
-            for each in points:
-                _add_buckets(family, name, each)
-        case _:
-            raise TypeError(f"{metric.name}: no metric of ours is a {type(metric.data).__name__}")
+def _target(attributes: Mapping[str, Any]) -> Family:
+    family = Family("target", "Who is asked", "info")
+    labels = {name.replace(".", "_"): str(value) for name, value in attributes.items()}
+    family.add_sample("target_info", labels, 1.0)
     return family
-
-
-def _add_buckets(family: Family, name: str, point: HistogramDataPoint) -> None:
-    labels = _labels(point)
-    exemplars = {bisect_left(point.explicit_bounds, each.value): each for each in point.exemplars}
-    total = 0
-    bounds = (*point.explicit_bounds, float("inf"))
-    for place, (bound, count) in enumerate(zip(bounds, point.bucket_counts, strict=True)):
-        total += count
-        found = exemplars.get(place)
-        shown = None
-        if found is not None and found.trace_id and found.span_id:
-            ids = {"trace_id": f"{found.trace_id:032x}", "span_id": f"{found.span_id:016x}"}
-            shown = Exemplar(ids, found.value, found.time_unix_nano / 1e9)
-        le = "+Inf" if bound == float("inf") else str(bound)
-        family.add_sample(f"{name}_bucket", {**labels, "le": le}, total, exemplar=shown)
-    family.add_sample(f"{name}_count", labels, point.count)
-    family.add_sample(f"{name}_sum", labels, point.sum)
 
 
 def _labels(point: NumberDataPoint | HistogramDataPoint) -> dict[str, str]:
