@@ -108,16 +108,16 @@ class Gateway:
                 deadlines.begin(self._seconds(request, streamed=bool(asked.stream)))
                 await held.enter_async_context(while_connected(request.receive))
                 message = await self._message(asked, vouch)
-                naming = chat.Naming(asked)
+                naming, reply = chat.Naming.of(asked), Reply(asked)
                 events = await held.enter_async_context(aclosing(self._backend.ask(message, key)))
                 try:
                     report = await _report(events)
                 except HipruneError as error:
                     raise from_hiprune(error, naming) from error
-            del body, message
-            reply = Reply(asked)
+            streamed = asked.stream
+            del asked, body, message  # images, which nobody needs any more
             headers = answers.headers_of(report)
-            if asked.stream:
+            if streamed:
                 return EventStream(_chunks(reply, report, events), headers, held.pop_all())
             try:
                 content = await _whole(reply, report, events)

@@ -69,6 +69,7 @@ class Backend:
             with telemetry.Call(request) as trace_context:
                 metadata = (*trace_context, *_credentials(authorization))
                 call = self._line.stub().image_qa.AskImage(request, timeout=timeout_s, metadata=metadata)
+                del request  # its images, for as long as the answer takes
                 try:
                     async for event in call:
                         yield event

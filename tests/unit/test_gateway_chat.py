@@ -226,12 +226,12 @@ def test_an_error_does_not_repeat_what_the_client_wrote():
 )
 def test_fields_of_the_llms_errors_get_the_clients_names(field, expected):
     parts = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": "data:"}}]
-    naming = Naming(read_chat(body(USER, {"role": "user", "content": parts}, stop="x")))
+    naming = Naming.of(read_chat(body(USER, {"role": "user", "content": parts}, stop="x")))
     assert naming(field) == expected
 
 
 def test_the_newer_name_of_max_tokens_is_kept_where_it_was_used():
-    naming = Naming(read_chat(body(max_completion_tokens=5, stop=["a"])))
+    naming = Naming.of(read_chat(body(max_completion_tokens=5, stop=["a"])))
     assert naming("sampling.max_tokens") == "max_completion_tokens"
     assert naming("sampling.stop[0]") == "stop[0]"
 
