@@ -67,14 +67,17 @@ _PIXELS: Final = {
 }
 
 
-def make_llava_next(path: Path, seed: int = 0, *, layout: Layout = "vision_model") -> Path:
+def make_llava_next(
+    path: Path, seed: int = 0, *, layout: Layout = "vision_model", text: Any = LlamaConfig, **fields: Any
+) -> Path:
     """Writes a LLaVA-NeXT directory and returns it. Same arguments, same bytes.
 
-    CLIP of 4 layers, features from the third; Llama of 3 layers.
+    CLIP of 4 layers, features from the third; a language model of 3 layers, whose config is a `text` with
+    these `fields` beside its own.
     """
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**_VISION, num_hidden_layers=4, hidden_act="gelu"),
-        text_config=LlamaConfig(vocab_size=116, tie_word_embeddings=False, **_TEXT),
+        text_config=text(vocab_size=116, tie_word_embeddings=False, **_TEXT, **fields),
         image_token_index=4,
         image_seq_length=SIDE**2,
         image_grid_pinpoints=NEXT_PINPOINTS,

@@ -19,49 +19,16 @@ from services.llm.engines.base import Job
 from services.llm.engines.vllm import read_arguments
 from services.llm.families import SplicedPrompt
 from services.llm.pipeline import LanguageModel
-from services.llm.process import load
-from services.llm.sampling import Sampling
-from services.llm.settings import Settings
-from tests.tiny import make_llava
+from tests.vllm.engines import BLOCK, answer, job, started
 
 pytestmark = [pytest.mark.extra, pytest.mark.vllm]
 
-CONTEXT = 1024
-BLOCK = 128
-"""Tokens of a block of keys and values on a CPU."""
-
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory):
-    return make_llava(tmp_path_factory.mktemp("model"), context=CONTEXT)
-
-
-async def started(path) -> LanguageModel:
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-    arguments = ["--model", str(path), "--engine", "vllm", "--max-concurrency", "16"]
-    model = load(Settings.read([*arguments, "--vllm-args=--enforce-eager --max-num-batched-tokens=2048"], {}))
-    # nothing that is drawn at random ends early
-    model.engine.end_tokens = frozenset()
-    await model.engine.start()
-    return model
-
-
-@pytest.fixture(scope="module")
-async def model(path):
-    running = await started(path)
+async def model(llava):
+    running = await started(llava)
     yield running
     await running.engine.stop()
-
-
-def job(model: LanguageModel, length: int, max_tokens: int, seed: int = 0, **fields) -> Job:
-    draw = torch.Generator().manual_seed(seed)
-    ids = torch.randint(5, 110, (length,), generator=draw).tolist()
-    prompt = SplicedPrompt(model.engine.embed(ids), torch.arange(length), visual_tokens=0)
-    return Job(prompt, ids, Sampling(), max_tokens, **fields)
-
-
-async def answer(model: LanguageModel, wanted: Job) -> list[int]:
-    return [step.token async for step in model.engine.generate(wanted)]
 
 
 async def test_sixteen_at_once_are_answered_as_one_at_a_time(model):
@@ -145,13 +112,13 @@ async def test_a_prompt_that_begins_like_an_earlier_one_of_the_same_owner_is_rea
         ("'", "no list of words"),
     ],
 )
-def test_arguments_that_vllm_does_not_take_are_refused_by_name(path, text, said):
+def test_arguments_that_vllm_does_not_take_are_refused_by_name(llava, text, said):
     with pytest.raises(ConfigError, match=said):
-        read_arguments(text, path)
+        read_arguments(text, llava)
 
 
-async def test_an_engine_that_is_killed_ends_its_answers_as_unavailable_and_says_so(path):
-    model = await started(path)
+async def test_an_engine_that_is_killed_ends_its_answers_as_unavailable_and_says_so(llava):
+    model = await started(llava)
     running = asyncio.create_task(answer(model, job(model, 5, 900)))
     failed = asyncio.create_task(model.engine.failed())
     await held(model, 1e-9)

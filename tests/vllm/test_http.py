@@ -12,7 +12,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -20,8 +19,7 @@ from hiprune.errors import Unavailable
 from hiprune.lm_export import export_language_model
 from services.llm.process import load
 from services.llm.settings import Settings
-from tests.tiny import make_llava
-from tests.vllm.test_engine import CONTEXT, answer, job
+from tests.vllm.engines import CONTEXT, answer, job
 
 pytestmark = [pytest.mark.extra, pytest.mark.vllm]
 
@@ -29,15 +27,10 @@ KEY = "the server's key"
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory) -> Path:
-    return make_llava(tmp_path_factory.mktemp("model"), context=CONTEXT)
-
-
-@pytest.fixture(scope="module")
-def server(path, tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def server(llava, tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """vLLM's own server on what `hiprune export-lm` writes: its URL and process."""
     folder = tmp_path_factory.mktemp("server")
-    export_language_model(path, folder / "lm")
+    export_language_model(llava, folder / "lm")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -73,11 +66,11 @@ def server(path, tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen[bytes
         process.wait()
 
 
-async def test_answers_are_those_of_transformers_and_end_when_the_server_does(path, server):
+async def test_answers_are_those_of_transformers_and_end_when_the_server_does(llava, server):
     url, process = server
-    arguments = ["--model", str(path), "--engine", "vllm-http", "--url", url]
+    arguments = ["--model", str(llava), "--engine", "vllm-http", "--url", url]
     remote = load(Settings.read(arguments, {"HIPRUNE_LLM_URL_KEY": KEY}))
-    plain = load(Settings.read(["--model", str(path)], {}))
+    plain = load(Settings.read(["--model", str(llava)], {}))
     for model in (remote, plain):
         await model.engine.start()
     assert remote.engine.context_length == CONTEXT
