@@ -121,10 +121,13 @@ async def test_a_time_limit_around_it_stays_a_time_limit():
             await asyncio.Event().wait()
 
 
-async def test_a_body_above_the_bound_is_refused_as_such():
+async def test_a_body_above_the_bound_is_refused_and_not_read_if_it_says_so():
+    async def unread() -> dict[str, Any]:
+        raise AssertionError("it was read")
+
     intake = Intake(Settings(max_body_bytes=1024))
-    for announced in ("1025", None):
+    for announced, receive in (("1025", unread), (None, parts(bytes(1025)))):
         with pytest.raises(HttpError) as refused:
-            async with intake.body(parts(bytes(1025)), announced, anybody):
+            async with intake.body(receive, announced, anybody):
                 pass
         assert refused.value.status == 413
