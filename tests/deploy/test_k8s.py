@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 import yaml
+from huggingface_hub import snapshot_download
 from kubernetes_validate import utils as schemas
 from pydantic import SecretStr
 
@@ -288,6 +290,18 @@ def test_selectors_choose_the_pods_that_they_mean_and_ports_exist(name: str) -> 
         assert {each["port"] for each in monitor["spec"]["podMetricsEndpoints"]} == {
             port for port in ports if port.startswith("metrics")
         }
+        # dashboards and alerts ask for jobs by the names that deploy/prometheus gives them
+        scraped = yaml.safe_load((render_k8s.ROOT / "deploy/prometheus/prometheus.yaml").read_text("utf-8"))
+        jobs = {each["job_name"] for each in scraped["scrape_configs"]}
+        assert {f"hiprune-{each}" for each in manifests.SETTINGS} <= jobs
+        for each in monitor["spec"]["podMetricsEndpoints"]:
+            assert each["relabelings"] == [
+                {
+                    "sourceLabels": ["__meta_kubernetes_pod_container_name"],
+                    "targetLabel": "job",
+                    "replacement": "hiprune-$1",
+                }
+            ]
 
 
 @every_overlay
@@ -441,7 +455,7 @@ def test_pods_say_what_they_need_and_how_much_they_matter(name: str) -> None:
         )
         assert in_memory * 3 // 2 <= milli(most["memory"]), "what lies in memory counts to whoever wrote it"
         if container.name in {"encoder", "llm", "pruner"}:
-            assert container.settings.threads, "torch would count the machine's cores"  # type: ignore[attr-defined]
+            assert container.settings.threads, "torch would count the machine's cores"
 
 
 def test_redis_has_room_beside_what_it_keeps() -> None:
@@ -455,8 +469,8 @@ def test_redis_has_room_beside_what_it_keeps() -> None:
 def test_one_gpu_is_shared_by_two_that_know_their_part_of_it() -> None:
     found = manifests.services("single-gpu")
     shares = [
-        found["encoder"].settings.gpu_memory_fraction,  # type: ignore[attr-defined]
-        found["llm"].settings.gpu_memory_utilization,  # type: ignore[attr-defined]
+        found["encoder"].settings.gpu_memory_fraction,
+        found["llm"].settings.gpu_memory_utilization,
     ]
     assert all(share > 0 for share in shares)
     assert sum(shares) <= 0.95
@@ -479,7 +493,7 @@ def test_a_gpu_image_runs_where_a_gpu_is_and_nowhere_else(name: str) -> None:
         if container.name != "fetch":
             assert container.spec["image"].endswith("-cuda") is wants
         if wants:
-            assert container.settings.device == "cuda"  # type: ignore[attr-defined]
+            assert container.settings.device == "cuda"
             assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in container.pod[
                 "tolerations"
             ]
@@ -489,18 +503,29 @@ def test_a_gpu_image_runs_where_a_gpu_is_and_nowhere_else(name: str) -> None:
 def test_a_model_is_fetched_once_by_a_job_and_only_read_by_the_services(name: str) -> None:
     job = workloads(name)["fetch-model"]
     (fetch,) = (each for each in containers(name) if each.name == "fetch")
-    command = " ".join(fetch.spec["command"])
-    patterns = re.findall(r"--include=\*\.(\w+)", command)
-    assert set(patterns) == {"safetensors", "json", "model", "jinja", "txt"}, "nothing that is code"
+    # the hub's own function, called as the Job's words call it
+    python, option, words = fetch.spec["command"]
+    assert (python, option) == ("python", "-c")
+    with pytest.MonkeyPatch.context() as patch:
+        fake = create_autospec(snapshot_download)
+        patch.setattr("huggingface_hub.snapshot_download", fake)
+        for variable in ("MODEL", "REVISION"):
+            patch.setenv(variable, fetch.values[variable])
+        exec(words, {})
+    (repository,), asked = fake.call_args
+    assert repository == fetch.values["MODEL"]
+    assert asked["revision"] == fetch.values["REVISION"]
+    endings = {pattern.removeprefix("*.") for pattern in asked["allow_patterns"]}
+    assert endings == {"safetensors", "json", "model", "jinja", "txt"}, "nothing that is code"
     assert fetch.env["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "hiprune-hub"
     assert "readOnly" not in fetch.mounts["/models"]
     claim = fetch.volume_at("/models")["persistentVolumeClaim"]["claimName"]
     assert claim in of_kind(name, "PersistentVolumeClaim")
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "OnFailure"
-    (target,) = re.findall(r"--local-dir=(\S+)", command)
     for each in ("encoder", "pruner", "llm"):
         container = manifests.services(name)[each]
-        assert container.settings.model == target.replace("$(MODEL)", fetch.values["MODEL"])  # type: ignore[attr-defined]
+        settings: Any = container.settings
+        assert settings.model == asked["local_dir"]
         assert container.mounts["/models"]["readOnly"] is True
         assert container.volume_at("/models")["persistentVolumeClaim"] == {
             "claimName": claim,
@@ -567,7 +592,7 @@ def test_certificates_are_for_the_names_by_which_services_are_called(name: str) 
             spec = by_secret[container.volume_at(folder)["secret"]["secretName"]]
             assert service in spec["dnsNames"]
             assert set(spec["usages"]) == {"server auth", "client auth"}
-    assert manifests.services(name)["pruner"].settings.tls_client_auth  # type: ignore[attr-defined]
+    assert manifests.services(name)["pruner"].settings.tls_client_auth
 
 
 @every_overlay
