@@ -5,7 +5,9 @@ Where a kubectl is at hand they are rendered again and compared; elsewhere their
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from functools import cache
@@ -14,12 +16,16 @@ from typing import Any
 from unittest.mock import create_autospec
 
 import pytest
+import redis
 import yaml
 from huggingface_hub import snapshot_download
 from kubernetes_validate import utils as schemas
 from pydantic import SecretStr
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from hiprune.config import ConfigError
+from hiprune.stack import find_redis, free_port
 from hiprune.telemetry import names as telemetry
 from tests.deploy import manifests
 from tests.deploy.manifests import NAME, Container, Object, containers, milli, of_kind, overlay, workloads
@@ -464,6 +470,37 @@ def test_redis_has_room_beside_what_it_keeps() -> None:
     (redis,) = (each for each in containers("single-gpu") if each.name == "redis")
     assert milli(redis.spec["resources"]["limits"]["memory"]) // 1000 >= int(kept) * 2**30 * 1.4
     assert re.search(r"^maxmemory-policy allkeys-lru$", config, flags=re.MULTILINE)
+
+
+def test_redis_starts_by_its_command_and_wants_the_password(tmp_path: Path) -> None:
+    (container,) = (each for each in containers("single-gpu") if each.name == "redis")
+    (config,) = (
+        each["data"]["redis.conf"]
+        for each in of_kind("single-gpu", "ConfigMap").values()
+        if "redis.conf" in each["data"]
+    )
+    port, program = free_port(), find_redis()
+    assert program is not None
+    (tmp_path / "redis.conf").write_text(
+        config.replace("6379", str(port)).replace("/tmp", str(tmp_path)), "utf-8"
+    )
+    command = [word.replace("/etc/redis", str(tmp_path)) for word in container.spec["command"]]
+    environ = {"PATH": f"{program.parent}:{os.defpath}", "REDISCLI_AUTH": "the password"}
+    process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        retry = Retry(ConstantBackoff(0.05), 100)
+        right = redis.Redis(port=port, password="the password", retry=retry)
+        assert right.ping()
+        assert right.config_get("maxmemory-policy") == {"maxmemory-policy": "allkeys-lru"}
+        assert right.config_get("save") == {"save": ""}
+        with pytest.raises(redis.AuthenticationError):
+            redis.Redis(port=port).ping()
+        # the first process of the container is Redis, which ends when it is told to
+        process.terminate()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_one_gpu_is_shared_by_two_that_know_their_part_of_it() -> None:
