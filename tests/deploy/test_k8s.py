@@ -364,6 +364,8 @@ def test_probes_ask_for_life_to_restart_and_for_readiness_to_route(name: str) ->
         assert startup["periodSeconds"] * startup["failureThreshold"] >= 60, "torch takes its time to import"
         assert liveness["periodSeconds"] * liveness["failureThreshold"] >= 30
         assert readiness["periodSeconds"] * readiness["failureThreshold"] <= 20
+        for each in (startup, liveness):
+            assert each["terminationGracePeriodSeconds"] <= 10, "what hangs does not drain"
     for container in containers(name):
         assert (
             container.name == "fetch"
