@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("hiprune.llm")
 
 _LOOK_EVERY_S: Final = 0.1
+_STOP_S: Final = 1.0
+"""For vLLM's processes to end by themselves; on a CPU they never do within its own 5 s, and nobody listens."""
 _OURS: Final = frozenset(
     {
         "model",
@@ -112,7 +114,7 @@ class VllmEngine:
     async def stop(self) -> None:
         """Ends every generation and vLLM's processes."""
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.shutdown)
+            await asyncio.to_thread(self._engine.shutdown, timeout=_STOP_S)
             self._engine = None
 
     async def failed(self) -> str:
