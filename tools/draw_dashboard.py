@@ -1,6 +1,6 @@
 """Draws the dashboard's panels from what a Prometheus knows, as a picture for the documentation.
 
-`python tools/draw_dashboard.py http://127.0.0.1:9090 docs/images/dashboard.png [--minutes N]`. Each panel of
+`python tools/draw_dashboard.py http://127.0.0.1:9090 docs/images/dashboard.png`. Each panel of
 deploy/grafana/dashboards/hiprune.json is asked for as Grafana would ask, and drawn in its place. Ends with an
 error when a query is refused, or when a panel has nothing to show that should.
 """
@@ -74,14 +74,13 @@ def legend(template: str, labels: dict[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: labels.get(match[1], ""), template).strip()
 
 
-def draw(prometheus: str, out: Path, minutes: float) -> list[str]:
+def draw(prometheus: str, out: Path, minutes: float, end: float) -> list[str]:
     """Draws; returns the titles of the panels that were empty."""
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
     from matplotlib.ticker import FuncFormatter
 
     panels = json.loads(DASHBOARD.read_text("utf-8"))["panels"]
-    end = time.time()
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     width_in, row_in = 16.0, 0.32
     figure = Figure(figsize=(width_in, height * row_in), facecolor=GROUND)
@@ -105,7 +104,13 @@ def draw(prometheus: str, out: Path, minutes: float) -> list[str]:
         box = (left + pad_x, bottom + pad_y, wide - 2 * pad_x, high - 2 * pad_y)
         figure.patches.append(
             FancyBboxPatch(
-                box[:2], *box[2:], boxstyle="square,pad=0", fc=PANEL, ec=FAINT, transform=figure.transFigure
+                box[:2],
+                *box[2:],
+                boxstyle="square,pad=0",
+                fc=PANEL,
+                ec=FAINT,
+                transform=figure.transFigure,
+                zorder=-1,
             )
         )
         top = box[1] + box[3]
@@ -177,8 +182,9 @@ def main() -> None:
     parser.add_argument("prometheus")
     parser.add_argument("out", type=Path)
     parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--until", type=float, default=time.time(), help="seconds since 1970; by default now")
     options = parser.parse_args()
-    empty = draw(options.prometheus, options.out, options.minutes)
+    empty = draw(options.prometheus, options.out, options.minutes, options.until)
     if missing := [title for title in empty if title not in QUIET]:
         raise SystemExit(f"nothing to show in: {', '.join(missing)}")
 
