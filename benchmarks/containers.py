@@ -72,10 +72,19 @@ def writable(folder):
         return True
     except OSError:
         return False
+def is_stale(compiled):
+    source, _, rest = compiled.removeprefix('/opt/bytecode').rpartition('.cpython-')
+    with open(compiled, 'rb') as file:
+        header = file.read(16)
+    return int(os.stat(source + '.py').st_mtime) != int.from_bytes(header[8:12], 'little')
+compiled = [os.path.join(folder, name) for folder, _, names in os.walk('/opt/bytecode') for name in names]
 print(json.dumps({
+    'compiled_files': len(compiled),
+    'stale': sum(map(is_stale, compiled)),
     'user': os.getuid(),
     'services': sorted(e.name for e in os.scandir('/app/services') if e.is_dir() and e.name != '__pycache__'),
     'compilers': [name for name in ('cc', 'gcc', 'clang', 'g++') if shutil.which(name)],
+    'flock': shutil.which('flock'),
     'has': sorted(name for name in has if has[name]),
     'torch_cuda': torch.version.cuda if has['torch'] else None,
     'writable': [each for each in ('/', '/app', '/opt', '/opt/venv', '/run', '/tmp') if writable(each)],
@@ -155,11 +164,13 @@ def look_at_images(version: str, problems: list[str]) -> dict[str, Any]:
         wrong = {
             "runs as root": inside["user"] == 0,
             "holds a compiler": inside["compilers"],
+            "has compiled code that is not its source's": inside["stale"] or not inside["compiled_files"],
             "holds pip in its environment": "pip" in inside["has"],
             f"holds other services: {inside['services']}": inside["services"] != [service],
             "holds a GPU's torch": inside["torch_cuda"],
             "holds an image decoder that it does not need": "PIL" in inside["has"] and service != "encoder",
             "holds torch, which it does not need": "torch" in inside["has"] and service not in WITH_MODEL,
+            "has no flock, by which the manifests order the end of a pod": not inside["flock"],
             f"can write to {inside['writable']}": inside["writable"] != ["/tmp"],
         }
         problems += [f"the image of {service} {what}" for what, is_so in wrong.items() if is_so]

@@ -30,6 +30,9 @@ OWN: Final = Path("/opt/service")
 """On the environment's path by `service.pth`, also where there is no such folder, which is no error."""
 BYTECODE: Final = Path("/opt/bytecode")
 """PYTHONPYCACHEPREFIX of the image. Libraries come uncompiled: a service imports a quarter of them."""
+MADE: Final = 315_532_800
+"""When each source was last changed, by its own account: 1980. Compiled code knows its source by that moment,
+and a layer that Docker takes from its cache, where content alone counts, would bring another one."""
 WITH_MODEL: Final = ("encoder", "pruner", "llm")
 NEVER_ON_A_GPU: Final = ("pruner",)
 PATIENCE_S: Final = 300.0
@@ -74,6 +77,7 @@ def fill_common(accelerator: str) -> None:
     check_build(accelerator)
     pip(*shared_requirements())
     leave_out()
+    settle(VENV)
 
 
 def fill_own(service: str) -> None:
@@ -91,12 +95,15 @@ def fill_own(service: str) -> None:
         target = OWN / path.relative_to(site)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
+    settle(VENV)
+    settle(OWN)
 
 
 def try_once(service: str) -> None:
     """Starts the service as the image will, waits until it is ready, and stops it."""
     address = f"unix:/tmp/{service}.sock"  # in a stage that nobody else is in
     prefix = f"HIPRUNE_{service.upper()}_"
+    settle(Path.cwd())
     environ = {**os.environ, f"{prefix}LISTEN": address, "HF_HUB_OFFLINE": "1"}
     environ |= {"PYTHONPYCACHEPREFIX": str(BYTECODE), "PYTHONDONTWRITEBYTECODE": ""}
     python = str(VENV / "bin" / "python")
@@ -197,6 +204,12 @@ def leave_out() -> None:
     for path in (VENV / "bin").iterdir():
         if not path.name.startswith("python"):
             path.unlink()
+
+
+def settle(folder: Path) -> None:
+    """Gives all Python below a folder one moment: see MADE."""
+    for path in folder.rglob("*.py"):
+        os.utime(path, (MADE, MADE))
 
 
 def files_in(folder: Path) -> Iterable[Path]:
