@@ -16,7 +16,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from hiprune.health import main
+from hiprune.health import main, place
 from hiprune.stack import free_port
 from tests.certificates import Authority
 
@@ -59,6 +59,20 @@ def test_an_address_of_every_interface_is_asked_on_this_machine() -> None:
     port = free_port()
     with serving(f"127.0.0.1:{port}"):
         assert main(["llm", "liveness"], {"HIPRUNE_LLM_LISTEN": f"0.0.0.0:{port}", "http_proxy": "x"}) == 0
+
+
+@pytest.mark.parametrize(
+    ("listen", "asked"),
+    [
+        ("0.0.0.0:7", "127.0.0.1:7"),
+        ("[::]:7", "[::1]:7"),
+        ("10.0.0.1:7", "10.0.0.1:7"),
+        ("unix:/a", "unix:/a"),
+    ],
+)
+def test_the_address_is_where_the_service_was_told_to_listen(listen: str, asked: str) -> None:
+    address, _, _ = place("encoder", {"HIPRUNE_ENCODER_LISTEN": listen})
+    assert address == asked
 
 
 def test_nobody_there_is_not_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
