@@ -48,6 +48,9 @@ LIVENESS: Final = "liveness"
 _HEALTH: Final = "grpc.health.v1.Health"
 
 
+_NOTICE_S: Final = 1.0
+"""For how long a service that leaves goes on as before, where somebody watches its health: until they have
+heard it and call others. A call that arrives just when a gRPC server stops is cancelled, unread."""
 _STREAMS_BESIDE: Final = 64
 """Calls on one connection beside as many as are served at a time: health, and those being refused."""
 _LEAST_PING_MS: Final = 5_000
@@ -176,8 +179,7 @@ async def run(settings: ServiceSettings, service: Service) -> None:
             log.info("ready on %s", settings.listen)
             failure = await _until_told_or_failed(waiting, service)
         log.info("draining" if starting.done() else "told to stop while loading")
-        for name in readiness:
-            await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await health.leave(readiness, still_serves=starting.done() and not failure)
     finally:
         health.dismiss_watchers()
         await server.stop(settings.drain_ms / 1000)
@@ -271,6 +273,14 @@ class Health(health_aio.HealthServicer):  # type: ignore[misc]  # untyped upstre
     def __init__(self) -> None:
         super().__init__()
         self._dismissed = asyncio.Event()
+        self._watchers = 0
+
+    async def leave(self, names: Sequence[str], *, still_serves: bool) -> None:
+        """Says NOT_SERVING of all names, and gives who watches a moment to hear it, if it `still_serves`."""
+        for name in names:
+            await self.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        if self._watchers and still_serves:
+            await asyncio.sleep(_NOTICE_S)
 
     def dismiss_watchers(self) -> None:
         """Ends every Watch, now and from now on."""
@@ -282,9 +292,11 @@ class Health(health_aio.HealthServicer):  # type: ignore[misc]  # untyped upstre
             asyncio.create_task(super().Watch(request, context)),
             asyncio.create_task(self._dismissed.wait()),
         }
+        self._watchers += 1
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._watchers -= 1
             for task in tasks:
                 task.cancel()
 

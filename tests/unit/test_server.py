@@ -510,6 +510,22 @@ async def test_a_client_that_watches_health_does_not_hold_up_the_drain(process):
         assert time.monotonic() - begun < 5
 
 
+async def test_a_call_on_its_way_while_a_service_says_that_it_leaves_is_answered(process):
+    server = process()
+    await server.says("starting")
+    server.go_on()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        await until(lambda: is_ready(channel))
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service=""))
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
+        server.popen.send_signal(signal.SIGTERM)
+        assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        stub = encoder_service_pb2_grpc.EncoderServiceStub(channel)
+        assert await stub.GetEncoder(GetRequest(), timeout=5) == GetResponse()
+    await server.says("stopped")
+    assert await server.end() == 0
+
+
 async def test_a_request_that_outlasts_the_drain_is_given_up(process):
     server = process("--drain-ms=300")
     await server.says("starting")
