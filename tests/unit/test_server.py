@@ -520,6 +520,7 @@ async def test_a_call_on_its_way_while_a_service_says_that_it_leaves_is_answered
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
         server.popen.send_signal(signal.SIGTERM)
         assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        await asyncio.sleep(0.2)  # by then one that stops at once has stopped
         stub = encoder_service_pb2_grpc.EncoderServiceStub(channel)
         assert await stub.GetEncoder(GetRequest(), timeout=5) == GetResponse()
     await server.says("stopped")
