@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,7 @@ from hiprune.errors import Unavailable
 from hiprune.lm_export import export_language_model
 from services.llm.process import load
 from services.llm.settings import Settings
+from tests.tiny import make_llava
 from tests.vllm.engines import CONTEXT, answer, job
 
 pytestmark = [pytest.mark.extra, pytest.mark.vllm]
@@ -27,10 +29,16 @@ KEY = "the server's key"
 
 
 @pytest.fixture(scope="module")
-def server(llava, tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def path(tmp_path_factory) -> Path:
+    """With a token that ends answers: the server takes its tokenizer's."""
+    return make_llava(tmp_path_factory.mktemp("model"), context=CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def server(path, tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """vLLM's own server on what `hiprune export-lm` writes: its URL and process."""
     folder = tmp_path_factory.mktemp("server")
-    export_language_model(llava, folder / "lm")
+    export_language_model(path, folder / "lm")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -66,11 +74,11 @@ def server(llava, tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen[byte
         process.wait()
 
 
-async def test_answers_are_those_of_transformers_and_end_when_the_server_does(llava, server):
+async def test_answers_are_those_of_transformers_and_end_when_the_server_does(path, server):
     url, process = server
-    arguments = ["--model", str(llava), "--engine", "vllm-http", "--url", url]
+    arguments = ["--model", str(path), "--engine", "vllm-http", "--url", url]
     remote = load(Settings.read(arguments, {"HIPRUNE_LLM_URL_KEY": KEY}))
-    plain = load(Settings.read(["--model", str(llava)], {}))
+    plain = load(Settings.read(["--model", str(path)], {}))
     for model in (remote, plain):
         await model.engine.start()
     assert remote.engine.context_length == CONTEXT
