@@ -159,6 +159,7 @@ async def test_what_the_services_refuse_is_named_as_the_client_wrote_it(openai_c
     assert refused.value.param == param
 
 
+@pytest.mark.extra
 def test_the_documented_example_answers(address):
     (program,) = re.findall(r"```python\n(.*?)```", PAGE.read_text("utf-8"), flags=re.DOTALL)
     assert "127.0.0.1:8080" in program

@@ -258,7 +258,7 @@ PRUNING = st.fixed_dictionaries({}, optional=dict.fromkeys([*chat.Pruning.model_
     pruning=PRUNING | JSON,
     more=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
 )
-@hypothesis.settings(max_examples=200)
+@hypothesis.settings(max_examples=100)
 def test_any_json_is_a_request_or_is_refused(turns, pruning, more):
     raw = json.dumps({"model": "m", "messages": turns, "pruning": pruning, **more}).encode()
     with suppress(InvalidInput, Unsupported):
