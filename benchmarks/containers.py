@@ -76,7 +76,8 @@ def is_stale(compiled):
     source, _, rest = compiled.removeprefix('/opt/bytecode').rpartition('.cpython-')
     with open(compiled, 'rb') as file:
         header = file.read(16)
-    return int(os.stat(source + '.py').st_mtime) != int.from_bytes(header[8:12], 'little')
+    with open(source + '.py', 'rb') as file:
+        return header[4:] != b'\\1\\0\\0\\0' + importlib.util.source_hash(file.read())
 compiled = [os.path.join(folder, name) for folder, _, names in os.walk('/opt/bytecode') for name in names]
 print(json.dumps({
     'compiled_files': len(compiled),

@@ -12,6 +12,7 @@ in /opt/bytecode what was imported, compiled. Needs the standard library alone; 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -30,9 +31,6 @@ OWN: Final = Path("/opt/service")
 """On the environment's path by `service.pth`, also where there is no such folder, which is no error."""
 BYTECODE: Final = Path("/opt/bytecode")
 """PYTHONPYCACHEPREFIX of the image. Libraries come uncompiled: a service imports a quarter of them."""
-MADE: Final = 315_532_800
-"""When each source was last changed, by its own account: 1980. Compiled code knows its source by that moment,
-and a layer that Docker takes from its cache, where content alone counts, would bring another one."""
 WITH_MODEL: Final = ("encoder", "pruner", "llm")
 NEVER_ON_A_GPU: Final = ("pruner",)
 PATIENCE_S: Final = 300.0
@@ -77,7 +75,6 @@ def fill_common(accelerator: str) -> None:
     check_build(accelerator)
     pip(*shared_requirements())
     leave_out()
-    settle(VENV)
 
 
 def fill_own(service: str) -> None:
@@ -95,15 +92,12 @@ def fill_own(service: str) -> None:
         target = OWN / path.relative_to(site)
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
-    settle(VENV)
-    settle(OWN)
 
 
 def try_once(service: str) -> None:
     """Starts the service as the image will, waits until it is ready, and stops it."""
     address = f"unix:/tmp/{service}.sock"  # in a stage that nobody else is in
     prefix = f"HIPRUNE_{service.upper()}_"
-    settle(Path.cwd())
     environ = {**os.environ, f"{prefix}LISTEN": address, "HF_HUB_OFFLINE": "1"}
     environ |= {"PYTHONPYCACHEPREFIX": str(BYTECODE), "PYTHONDONTWRITEBYTECODE": ""}
     python = str(VENV / "bin" / "python")
@@ -124,6 +118,7 @@ def try_once(service: str) -> None:
         process.send_signal(signal.SIGTERM)
     if code := process.wait(PATIENCE_S):
         raise SystemExit(f"{service} left with code {code}")
+    seal(BYTECODE)
 
 
 # --- what is needed --------------------------------------------------------------------------------------
@@ -206,10 +201,17 @@ def leave_out() -> None:
             path.unlink()
 
 
-def settle(folder: Path) -> None:
-    """Gives all Python below a folder one moment: see MADE."""
-    for path in folder.rglob("*.py"):
-        os.utime(path, (MADE, MADE))
+def seal(folder: Path) -> None:
+    """Ties compiled code to its source by digest and no longer by the moment of the source's last change.
+
+    Python then takes it as it is (PEP 552, unchecked). Docker's cache goes by content: a layer taken from it
+    brings the same sources with another moment, and all would be compiled again at each start.
+    """
+    for path in folder.rglob("*.pyc"):
+        compiled = path.read_bytes()
+        source = Path("/", path.relative_to(folder).parent, f"{path.name.partition('.')[0]}.py")
+        digest = importlib.util.source_hash(source.read_bytes())
+        path.write_bytes(compiled[:4] + (1).to_bytes(4, "little") + digest + compiled[16:])
 
 
 def files_in(folder: Path) -> Iterable[Path]:

@@ -6,7 +6,10 @@ That it also runs is for `deploy/smoke.sh` to show.
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,6 +192,23 @@ def test_the_pruner_takes_no_gpus_torch(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(SystemExit, match=r"CUDA 12\.9"):
         fill_image.check_build("cpu")
     assert "pruner" in fill_image.NEVER_ON_A_GPU
+
+
+def test_sealed_code_is_taken_whatever_moment_its_source_is_of(tmp_path: Path) -> None:
+    source, compiled = tmp_path / "thing.py", tmp_path / "compiled"
+    source.write_text("found = __spec__.cached\n", "utf-8")
+
+    def loaded() -> str:
+        command = [sys.executable, "-v", "-c", "import thing"]
+        environ = {"PYTHONPATH": str(tmp_path), "PYTHONPYCACHEPREFIX": str(compiled)}
+        return subprocess.run(command, env=environ, capture_output=True, text=True, check=True).stderr
+
+    loaded()
+    fill_image.seal(compiled)
+    os.utime(source, (1, 1))
+    taken = f"code object from '{compiled}"
+    (line,) = (each for each in loaded().splitlines() if "code object" in each and "thing" in each)
+    assert line.startswith(f"# {taken}")
 
 
 def test_torch_is_pinned() -> None:
