@@ -17,7 +17,7 @@ import torch
 
 from hiprune import auth, telemetry
 from hiprune.checkpoints import Checkpoint
-from hiprune.errors import InvalidInput, NotFound
+from hiprune.errors import InvalidInput, NotFound, Unavailable
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
 from services.llm.chat import Chat
 from services.llm.detokenize import Detokenizer
@@ -93,7 +93,8 @@ class LanguageModel:
     ) -> AsyncGenerator[Event, None]:
         """Deltas as they come, then the completion, with the stages of `clock` in it.
 
-        `media` are those of the prompt, in its order. The caller holds a slot. Raises InvalidInput.
+        `media` are those of the prompt, in its order. The caller holds a slot.
+        Raises InvalidInput, Unavailable.
         """
         with telemetry.stage("project"):
             prompt = await asyncio.to_thread(self._assemble, request.prompt, media)
@@ -101,6 +102,7 @@ class LanguageModel:
         self._check_length(length)
         room = self.engine.context_length - length
         budget = request.sampling.tokens_within(room, self.max_new_tokens)
+        self._check_positions(prompt.positions, budget)
         text = Detokenizer(self.chat.backend, request.sampling.stop)
         generated: list[int] = []
         ended = False
@@ -123,6 +125,9 @@ class LanguageModel:
                     yield llm_service_pb2.TextDelta(text=delta)
                 if text.stopped:
                     break
+        if not (ended or text.stopped) and len(generated) < budget:
+            # half an answer is none: the engine was told to stop, or the server behind it was
+            raise Unavailable("the language model left in the middle of the answer", retry_after_s=1)
         if rest := text.finish():
             yield llm_service_pb2.TextDelta(text=rest)
         before = length - prompt.visual_tokens + sum(each.tokens_before for each in media)
@@ -167,6 +172,17 @@ class LanguageModel:
             raise InvalidInput(
                 f"make a prompt of at least {tokens} tokens, expected at most "
                 f"{self.engine.context_length - 1}: the model's context is {self.engine.context_length}",
+                reason="LIMIT_EXCEEDED",
+                field="messages",
+            )
+
+    def _check_positions(self, positions: torch.Tensor, budget: int) -> None:
+        """Refuses positions (…, S) that the engine cannot take: a video says itself how long it lasts."""
+        last = int(positions.max())
+        if last + budget >= self.engine.positions_end:
+            raise InvalidInput(
+                f"reach position {last}, and {budget} tokens of answer go on from there, expected at most "
+                f"{self.engine.positions_end - 1} for both: is a video's frames_per_second right?",
                 reason="LIMIT_EXCEEDED",
                 field="messages",
             )

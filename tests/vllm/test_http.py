@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import signal
 import socket
@@ -90,11 +91,17 @@ async def test_answers_are_those_of_transformers_and_end_when_the_server_does(pa
     again = [step async for step in remote.engine.generate(long)]
     assert (first[-1].cached, again[-1].cached) == (0, 384)
     assert [step.token for step in again] == [step.token for step in first]
-    running = asyncio.create_task(answer(remote, job(remote, 5, 900)))
-    await asyncio.sleep(0.3)
+    endless = [
+        each
+        for each in (job(plain, 5, 300, seed=number) for number in range(6))
+        if len(await answer(plain, each)) == each.max_tokens
+    ]
+    running = remote.engine.generate(dataclasses.replace(endless[0], max_tokens=900))
+    await anext(running)
     os.killpg(process.pid, signal.SIGKILL)
     with pytest.raises(Unavailable, match="cannot be reached"):
-        await running
+        async for _ in running:
+            pass
     with pytest.raises(Unavailable, match="cannot be reached"):
         await answer(remote, wanted[0])
     for model in (remote, plain):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import torch
 
 from services.llm.families import SplicedPrompt
 from services.llm.sampling import Sampling
+
+POSITIONS_END: Final = 2**31
+"""Where positions end for an engine that computes with whatever position it is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +47,8 @@ class Engine(Protocol):
     """As the setting `engine` has it."""
     context_length: int
     """Longest prompt and answer together, in tokens."""
+    positions_end: int
+    """Positions of a prompt and its answer are below this: they may be further apart than tokens are."""
     end_tokens: frozenset[int]
     """Tokens that end the model's turn."""
 

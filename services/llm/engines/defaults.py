@@ -73,3 +73,8 @@ def refuse_beyond(settings: Any, path: Path, engine: str, **harmless: Any) -> No
                 f"{path}: generation_config.json: {name} is {value!r}, which the engine {engine} does not "
                 "do; use the engine transformers"
             )
+
+
+def seed_for_vllm(seed: int | None) -> int | None:
+    """The seed of a draw as vLLM takes it: -1 means none there, and is as good a seed as any here."""
+    return 2**62 - 1 if seed == -1 else seed

@@ -20,7 +20,7 @@ from typing import Any, Final
 import torch
 
 from hiprune.loading import load_part
-from services.llm.engines.base import Job, Step
+from services.llm.engines.base import POSITIONS_END, Job, Step
 from services.llm.engines.defaults import deterministic, end_tokens
 from services.llm.engines.stages import AnswerStages
 from services.llm.families import LanguagePart, SplicedPrompt
@@ -53,6 +53,7 @@ class TransformersEngine:
         self._model: Any = None
         self._generation_config: Any = None
         self.context_length = int(language.config.get_text_config().max_position_embeddings)
+        self.positions_end = POSITIONS_END
         self.end_tokens: frozenset[int] = frozenset()
 
     async def start(self) -> None:

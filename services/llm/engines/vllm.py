@@ -30,7 +30,12 @@ from hiprune.language_part import has_mrope
 from services.llm.engines import packing
 from services.llm.engines.adapters import LoraAdapter
 from services.llm.engines.base import Job, Step
-from services.llm.engines.defaults import end_tokens, read_generation_config, refuse_beyond
+from services.llm.engines.defaults import (
+    end_tokens,
+    read_generation_config,
+    refuse_beyond,
+    seed_for_vllm,
+)
 from services.llm.engines.embeddings import EmbeddingTable
 from services.llm.engines.stages import AnswerStages
 from services.llm.engines.vllm_plugin import ARCHITECTURES, PENALTY, PENALTY_KEY, language_config
@@ -44,7 +49,7 @@ log = logging.getLogger("hiprune.llm")
 
 _LOOK_EVERY_S: Final = 0.1
 _STOP_S: Final = 1.0
-"""For vLLM's processes to end by themselves; on a CPU they never do within its own 5 s, and nobody listens."""
+"""For vLLM's processes to end by themselves; on a CPU they never do in its own 5 s, and nobody listens."""
 _OURS: Final = frozenset(
     {
         "model",
@@ -99,6 +104,9 @@ class VllmEngine:
         refuse_beyond(self._defaults, path, self.name)
         self.end_tokens = end_tokens(self._defaults)
         self.context_length = int(self._config.max_position_embeddings)
+        # vLLM looks sines up in a table that it makes four times as long as the context, for long videos; a
+        # position beyond it would end its engine for everybody
+        self.positions_end = 4 * self.context_length if self._mrope else self.context_length
         self._engine: Any = None
         self._lora: dict[str, Any] = {}
         self.blocks_held = 0.0
@@ -131,7 +139,7 @@ class VllmEngine:
         """See `Engine.generate`. Raises Unavailable once vLLM has ended, Internal for what it refuses."""
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        prompt = self._prompt(job)
+        prompt = await asyncio.to_thread(self._prompt, job)
         adapter = self._lora[job.adapter] if job.adapter else None
         with AnswerStages() as stages:
             try:
@@ -149,7 +157,7 @@ class VllmEngine:
                 raise Internal("the language model's engine refused the prompt") from error
 
     def _prompt(self, job: Job) -> dict[str, Any]:
-        """The prompt as vLLM takes it, checked: a wrong one would end its engine. Raises Internal."""
+        """The prompt as vLLM takes it, checked: a wrong one would end its engine. Blocks. Raises Internal."""
         rows, positions = job.prompt.embeddings, job.prompt.positions
         length = len(rows)
         if rows.ndim != 2 or rows.shape[1] != self._table.width or rows.dtype != self._placement.dtype:
@@ -165,6 +173,11 @@ class VllmEngine:
             if positions.shape != (3, length):
                 raise Internal(f"positions of shape {tuple(positions.shape)}, expected (3, {length})")
             where = positions.cpu().numpy()
+            if where.min() < 0 or where.max() + job.max_tokens >= self.positions_end:
+                raise Internal(
+                    f"positions from {where.min()} to {where.max()} and {job.max_tokens} behind them, "
+                    f"expected 0 to {self.positions_end - 1}"
+                )
             try:
                 prompt["prompt_token_ids"] = packing.pack(where)
             except packing.DoNotFit as error:
@@ -189,7 +202,7 @@ class VllmEngine:
         return SamplingParams(
             temperature=job.sampling.temperature,
             top_p=job.sampling.top_p,
-            seed=job.sampling.seed,
+            seed=seed_for_vllm(job.sampling.seed),
             max_tokens=job.max_tokens,
             stop_token_ids=sorted(self.end_tokens),
             detokenize=False,
@@ -198,6 +211,8 @@ class VllmEngine:
         )
 
     def _load(self) -> Any:
+        # it would tell its makers on which hardware it runs
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         # a fork would take gRPC's and torch's threads along, and hang
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         if self._mrope:

@@ -7,12 +7,14 @@ can end it. Positions are the server's own, 0, 1, 2, so families whose positions
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +26,12 @@ from hiprune.config import ConfigError
 from hiprune.errors import Internal, Unavailable
 from hiprune.language_part import has_mrope
 from services.llm.engines.base import Job, Step
-from services.llm.engines.defaults import end_tokens, read_generation_config, refuse_beyond
+from services.llm.engines.defaults import (
+    end_tokens,
+    read_generation_config,
+    refuse_beyond,
+    seed_for_vllm,
+)
 from services.llm.engines.embeddings import EmbeddingTable
 from services.llm.engines.stages import AnswerStages
 from services.llm.families import LanguagePart
@@ -35,6 +42,9 @@ log = logging.getLogger("hiprune.llm")
 _CONNECT_S: Final = 5.0
 _MOST_S: Final = 600.0
 _RETRY_S: Final = 1.0
+_JSON: Final = {"Content-Type": "application/json"}
+_LATER: Final = (httpx2.codes.REQUEST_TIMEOUT, httpx2.codes.TOO_MANY_REQUESTS)
+"""Refusals that say nothing about the request: of a proxy in between, say."""
 
 
 class VllmHttpEngine:
@@ -65,7 +75,7 @@ class VllmHttpEngine:
         defaults = read_generation_config(path, config)
         refuse_beyond(defaults, path, self.name, repetition_penalty=1.0)
         self.end_tokens = end_tokens(defaults)
-        self.context_length = int(config.max_position_embeddings)
+        self.context_length = self.positions_end = int(config.max_position_embeddings)
         self._model = ""
         self._client = httpx2.AsyncClient(
             base_url=url.rstrip("/") + "/",
@@ -83,6 +93,7 @@ class VllmHttpEngine:
             answer.raise_for_status()
             (model, *_) = answer.json()["data"]
             self._model, self.context_length = str(model["id"]), int(model["max_model_len"])
+            self.positions_end = self.context_length
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"url (--url): no vLLM server with one model answers at {self._client.base_url}: "
@@ -108,42 +119,42 @@ class VllmHttpEngine:
                 f"a prompt of shape {tuple(rows.shape)}, expected (S, {self._table.width}) with S in "
                 f"[1, {self.context_length - 1}]"
             )
+        request = await asyncio.to_thread(self._request, job)
         with AnswerStages() as stages:
-            async for tokens, cached in self._stream(self._request(job)):
-                for token in tokens:
-                    stages.token()
-                    yield Step(token, cached)
+            async with aclosing(self._stream(request)) as steps:
+                async for tokens, cached in steps:
+                    for token in tokens:
+                        stages.token()
+                        yield Step(token, cached)
 
-    def _request(self, job: Job) -> dict[str, Any]:
+    def _request(self, job: Job) -> bytes:
+        """The request's body. Blocks: a long prompt is hundreds of megabytes of JSON."""
         buffer = io.BytesIO()
         torch.save(job.prompt.embeddings.detach().cpu().clone(), buffer)  # what the server takes
-        return {
+        request: dict[str, Any] = {
             "model": self._model,
             "prompt_embeds": base64.b64encode(buffer.getvalue()).decode("ascii"),
             "max_tokens": job.max_tokens,
             "temperature": job.sampling.temperature,
             "top_p": job.sampling.top_p,
-            **({"seed": job.sampling.seed} if job.sampling.seed is not None else {}),
+            **({"seed": seed_for_vllm(job.sampling.seed)} if job.sampling.seed is not None else {}),
             "stop_token_ids": sorted(self.end_tokens),
             "cache_salt": hashlib.sha256(job.owner.encode()).hexdigest(),
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             "return_token_ids": True,
         }
+        return json.dumps(request).encode("ascii")
 
-    async def _stream(self, request: dict[str, Any]) -> AsyncIterator[tuple[list[int], int]]:
+    async def _stream(self, request: bytes) -> AsyncGenerator[tuple[list[int], int], None]:
         """Tokens as they come, and how many of the prompt's the server had. Raises Unavailable, Internal."""
         last: list[int] = []
         limit = httpx2.Timeout(deadlines.for_next_hop(_MOST_S), connect=_CONNECT_S)
         try:
-            async with self._client.stream("POST", "v1/completions", json=request, timeout=limit) as answer:
-                if answer.status_code >= httpx2.codes.INTERNAL_SERVER_ERROR:
-                    raise Unavailable(
-                        f"the language model's server answers {answer.status_code}", retry_after_s=_RETRY_S
-                    )
-                if answer.is_error or answer.is_redirect:
-                    said = (await answer.aread())[:500]
-                    raise Internal(f"the language model's server answers {answer.status_code}: {said!r}")
+            async with self._client.stream(
+                "POST", "v1/completions", content=request, headers=_JSON, timeout=limit
+            ) as answer:
+                _accept(answer)
                 async for line in answer.aiter_lines():
                     event = line.removeprefix("data: ")
                     if not line.startswith("data: ") or event == "[DONE]":
@@ -171,3 +182,11 @@ class VllmHttpEngine:
             ) from error
         except (ValueError, TypeError, KeyError) as error:
             raise Internal("the language model's server answered with something else") from error
+
+
+def _accept(answer: httpx2.Response) -> None:
+    """Raises Unavailable, Internal for what is no answer; without its words, which may name paths."""
+    if answer.status_code >= httpx2.codes.INTERNAL_SERVER_ERROR or answer.status_code in _LATER:
+        raise Unavailable(f"the language model's server answers {answer.status_code}", retry_after_s=_RETRY_S)
+    if answer.is_error or answer.is_redirect:
+        raise Internal(f"the language model's server answers {answer.status_code}")

@@ -7,6 +7,10 @@ Names alone are registered; vLLM imports `vllm_models` when a model of ours is s
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import threading
+from multiprocessing.connection import wait
 from typing import Any, Final
 
 from hiprune import language_part
@@ -27,11 +31,21 @@ PENALTY_KEY: Final = "hiprune_penalty"
 
 
 def register() -> None:
-    """Tells vLLM of the classes. Called by vLLM, perhaps several times."""
+    """Tells vLLM of the classes. Called by vLLM in each of its processes, perhaps several times."""
     from vllm import ModelRegistry
 
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        # an engine whose service was killed would hold its GPU's memory for ever
+        threading.Thread(target=_end_with, args=(parent.sentinel,), name="parent", daemon=True).start()
     for name in ARCHITECTURES.values():
         ModelRegistry.register_model(name, f"{MODELS}:{name}")
+
+
+def _end_with(sentinel: int) -> None:
+    """Ends this process when the one that started it has ended."""
+    wait([sentinel])
+    os._exit(1)
 
 
 def language_config(config: Any) -> Any:
