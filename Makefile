@@ -11,7 +11,7 @@ VLLM_READY := .venv-vllm/ready
 NODE := tests/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all test-vllm fuzz soak check protos tables bench
+.PHONY: help demo up test test-all test-vllm fuzz soak smoke check protos tables k8s bench bench-vllm
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -40,6 +40,9 @@ fuzz: $(READY) ## more hostile inputs than test-all tries, other ones each time:
 soak: $(READY) ## half an hour at 80 % of capacity: is memory flat, is every answer right?
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
+smoke: $(READY) ## build the images, run them with docker-compose, kill them one by one, and measure
+	@deploy/smoke.sh $(ARGS)
+
 check: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -48,18 +51,26 @@ check: $(READY) ## ruff and mypy
 protos: $(READY) ## regenerate src/hiprune/v1 from protos/
 	@$(BIN)/python tools/generate_stubs.py
 
-tables: $(READY) ## refill the settings tables in services/*/README.md
+tables: $(READY) ## refill the generated tables in services/*/README.md and docs/
 	@$(BIN)/python tools/settings_tables.py
+	@$(BIN)/python tools/telemetry_tables.py
+
+k8s: $(READY) ## render deploy/k8s/rendered again, with kubectl 1.27 or newer
+	@$(BIN)/python tools/render_k8s.py
 
 BENCHMARKS := capture_overhead tower_scaling selection_cost encoder_load service_tax \
-	"service_tax --size 0.5b" time_to_first_token cache isolation
+	"service_tax --size 0.5b" time_to_first_token cache isolation gateway telemetry
 # what knows no device
 ifeq ($(findstring --device,$(ARGS)),)
 BENCHMARKS += shared_memory
 endif
 
-bench: $(READY) ## measure every claim in benchmarks/ in about 45 minutes; full_size apart, which wants 24 GB
+bench: $(READY) ## measure every claim in benchmarks/ in about 50 minutes; full_size apart, which wants 24 GB
 	@set -e; for each in $(BENCHMARKS); do echo "== $$each"; $(BIN)/python -m benchmarks.$$each $(ARGS); done
+
+bench-vllm: $(READY) $(VLLM_READY) ## vLLM against transformers, in about 8 minutes
+	@$(VLLM_BIN)/python -m benchmarks.engines $(ARGS)
+	@$(BIN)/python -m benchmarks.engines --draw
 
 $(READY): pyproject.toml constraints.txt tools/set_up.py
 	@command -v $(PYTHON) >/dev/null || { echo "hiprune needs Python 3.11 or newer; no $(PYTHON) is on PATH" >&2; exit 1; }

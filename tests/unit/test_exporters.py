@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 
 import pytest
@@ -236,3 +237,28 @@ def test_many_threads_may_look_at_once(page):
     for each in threads:
         each.join()
     assert found == [1.0] * 20
+
+
+def test_few_may_look_at_once_and_who_comes_too_many_is_hung_up_on():
+    server = ScrapeServer(ScrapeReader(), "127.0.0.1", 0)
+    server.start()
+
+    def said() -> bytes:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=5) as mine:
+            try:
+                mine.sendall(b"GET /elsewhere HTTP/1.0\r\n\r\n")
+                return mine.recv(12)
+            except ConnectionError:
+                return b""
+
+    def until(wanted: bytes) -> None:
+        deadline = time.monotonic() + 10
+        while said() != wanted:
+            assert time.monotonic() < deadline
+
+    silent = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(8)]
+    until(b"")
+    for each in silent:
+        each.close()
+    until(b"HTTP/1.0 404")
+    server.close()

@@ -6,6 +6,7 @@ drops them (open-telemetry/opentelemetry-python#4178). Names are those of `names
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 from bisect import bisect_left
@@ -31,8 +32,12 @@ from prometheus_client.samples import Exemplar
 
 from hiprune.telemetry import names
 
-_IDLE_S: Final = 10.0
-"""How long a connection may say nothing."""
+log = logging.getLogger("hiprune.telemetry")
+
+_MOST_S: Final = 10.0
+"""How long a connection may last."""
+_MOST_CONNECTIONS: Final = 8
+"""At a time; more are hung up on. A scraper needs one."""
 
 
 class ScrapeReader(MetricReader):
@@ -65,9 +70,8 @@ class ScrapeServer:
         registry = CollectorRegistry()
         registry.register(_Metrics(reader))
         ProcessCollector(registry=registry)  # memory, CPU time and open files, where the system tells
-        server = type("Server", (ThreadingHTTPServer,), {"address_family": _family(host)})
-        self._server: ThreadingHTTPServer = server((host, port), _handler(registry))
-        self._server.daemon_threads = True
+        server = type("Server", (_Bounded,), {"address_family": _family(host)})
+        self._server: _Bounded = server((host, port), _handler(registry))
         self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
 
     @property
@@ -85,14 +89,42 @@ class ScrapeServer:
         self._server.server_close()
 
 
+class _Bounded(ThreadingHTTPServer):
+    """Serves few at a time, none for long, and is silent about those who hang up."""
+
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self._places = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        # a client that sends a byte now and then would keep its thread as long as it likes
+        end = threading.Timer(_MOST_S, self.shutdown_request, (request,))
+        end.daemon = True
+        end.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            end.cancel()
+            self._places.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a scraper hung up", exc_info=True)
+
+
 def _family(host: str) -> int:
     return int(socket.AF_INET6 if ":" in host else socket.AF_INET)
 
 
 def _handler(registry: CollectorRegistry) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
-        timeout = _IDLE_S
-
         def do_GET(self) -> None:
             if self.path.partition("?")[0] != "/metrics":
                 self.send_error(404)
