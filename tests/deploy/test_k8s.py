@@ -256,7 +256,7 @@ def test_policies_let_through_what_the_services_need_and_nothing_else(name: str)
     if "fetch-model" in workloads(name):
         expected |= {("fetch-model", "0.0.0.0/0", 443)}
     for each in workloads(name):
-        expected |= {(each, dns, 53)}
+        expected |= {(each, dns, 53), (each, "169.254.20.10/32", 53)}
         if each in {"vision", "llm", "gateway"}:
             expected |= {(each, telemetry_label, 4317)}
             expected |= {(telemetry_label, each, 9464), (telemetry_label, each, 9465)}
@@ -631,6 +631,8 @@ def test_certificates_are_for_the_names_by_which_services_are_called(name: str) 
             spec = by_secret[container.volume_at(folder)["secret"]["secretName"]]
             assert service in spec["dnsNames"]
             assert set(spec["usages"]) == {"server auth", "client auth"}
+        (port,) = of_kind(name, "Service")[service]["spec"]["ports"]
+        assert port["appProtocol"] == "https"
     assert manifests.services(name)["pruner"].settings.tls_client_auth
 
 
