@@ -91,6 +91,7 @@ class ScriptedLlm(
         self.media = 1
         self.error: HipruneError | None = None
         self.error_after: int | None = None
+        self.completes = True
         self.key = ""
         self.serving = True
         self.pace: Callable[[int], Awaitable[None]] | None = None
@@ -114,7 +115,8 @@ class ScriptedLlm(
                 if self.pace is not None:
                     await self.pace(place)
                 yield pb.AskImageResponse(delta=pb.TextDelta(text=word))
-            yield pb.AskImageResponse(completion=completion(len(self.words)))
+            if self.completes:
+                yield pb.AskImageResponse(completion=completion(len(self.words)))
         finally:
             asked.ended.set()
 

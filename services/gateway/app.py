@@ -29,8 +29,10 @@ from services.gateway.errors import HttpError, from_hiprune, unforeseen
 from services.gateway.exchange import CLIENT_LEFT, Exchange
 from services.gateway.fetch import Fetcher
 from services.gateway.intake import ClientLeft, Intake, while_connected
+from services.gateway.naming import Naming
 from services.gateway.settings import Settings
 from services.gateway.stream import EventStream
+from services.gateway.worker import Worker
 
 log = logging.getLogger("hiprune.gateway")
 
@@ -87,6 +89,7 @@ class Gateway:
         self._settings = settings
         self._backend = backend
         self._fetcher = fetcher
+        self._worker = Worker()
         self.intake = Intake(settings)
 
     @_answered
@@ -100,22 +103,31 @@ class Gateway:
             _check_json(request)
             announced = request.headers.get("content-length")
 
-            async def vouch() -> None:
-                await self._backend.describe(key)
+            known = False
 
+            async def vouch() -> None:
+                nonlocal known
+                if not known:
+                    await self._backend.describe(key)
+                known = True
+
+            if self._backend.keys_only:
+                await vouch()  # nothing is read of strangers
             async with self.intake.body(request.receive, announced, vouch) as body:
-                asked = chat.read_chat(body)
+                size = len(body)
+                asked = await self._worker.run(size, functools.partial(chat.read_chat, body))
+                body.clear()  # here and below: images, of which one copy is enough
                 deadlines.begin(self._seconds(request, streamed=bool(asked.stream)))
                 await held.enter_async_context(while_connected(request.receive))
-                message = await self._message(asked, vouch)
-                naming, reply = chat.Naming.of(asked), Reply(asked)
+                message = await self._message(asked, size, vouch)
+                naming, reply, streamed = Naming.of(asked), Reply(asked), asked.stream
+                del asked
                 events = await held.enter_async_context(aclosing(self._backend.ask(message, key)))
+                del message
                 try:
                     report = await _report(events)
                 except HipruneError as error:
                     raise from_hiprune(error, naming) from error
-            streamed = asked.stream
-            del asked, body, message  # images, which nobody needs any more
             headers = answers.headers_of(report)
             if streamed:
                 return EventStream(_chunks(reply, report, events), headers, held.pop_all())
@@ -176,9 +188,9 @@ class Gateway:
         ]
 
     async def _message(
-        self, asked: ChatRequest, vouch: Callable[[], Awaitable[None]]
+        self, asked: ChatRequest, size: int, vouch: Callable[[], Awaitable[None]]
     ) -> llm_service_pb2.AskImageRequest:
-        """The request for the llm, its images in it. Raises HipruneError."""
+        """The request for the llm, its images in it; `size` is the body's. Raises HipruneError."""
         slots = list(chat.images_of(asked))
         most = self._settings.max_images
         if len(slots) > most:
@@ -193,12 +205,12 @@ class Gateway:
         limit = asyncio.timeout(deadlines.remaining_s())
         try:
             async with limit:
-                files = await images.load(slots, self._fetcher, self._settings.max_image_bytes)
+                files = await images.load(slots, self._fetcher, self._worker, self._settings.max_image_bytes)
         except TimeoutError as error:
             if not limit.expired():  # somebody else's
                 raise
             raise Expired("the deadline passed before the images had come") from error
-        return chat.to_request(asked, files)
+        return await self._worker.run(size, functools.partial(chat.to_request, asked, files))
 
     def _seconds(self, request: Request, *, streamed: bool) -> float:
         """The time that a request has. Raises HttpError."""
@@ -324,12 +336,16 @@ async def _chunks(
     reply: Reply, report: llm_service_pb2.PruningReport, events: AsyncGenerator[Event, None]
 ) -> AsyncGenerator[bytes, None]:
     yield reply.opening(report)
+    ended = False
     async for event in events:
         if event.WhichOneof("event") == "delta":
             yield reply.delta(event.delta.text)
         else:
+            ended = True
             for chunk in reply.closing(event.completion):
                 yield chunk
+    if not ended:
+        raise _cut_short()
 
 
 async def _whole(
@@ -343,8 +359,12 @@ async def _whole(
         else:
             completion = event.completion
     if completion is None:
-        raise Internal("the llm's answer ended without a completion")
+        raise _cut_short()
     return reply.whole("".join(texts), report, completion)
+
+
+def _cut_short() -> Internal:
+    return Internal("the llm's answer ended without a completion")
 
 
 def _authorization(request: Request) -> str:

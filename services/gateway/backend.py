@@ -53,7 +53,8 @@ class Backend:
         """Connects when first used. Raises ConfigError for certificates that cannot be used."""
         self._line = Line(settings.llm, _stubs, settings)
         self._default_s = settings.default_deadline_ms / 1000
-        self._keys_only = not (settings.allow_anonymous or is_private(settings.listen))
+        self.keys_only: Final = not (settings.allow_anonymous or is_private(settings.listen))
+        """Whether nobody is served without a key that the llm knows."""
         self._trusted_until_s = 0.0
 
     async def close(self) -> None:
@@ -103,7 +104,7 @@ class Backend:
         Beyond this machine, and without `allow_anonymous`, only to an llm that refuses who has no key: it is
         asked without one, once a minute.
         """
-        if not self._keys_only or time.monotonic() < self._trusted_until_s:
+        if not self.keys_only or time.monotonic() < self._trusted_until_s:
             return
         try:
             await self.describe("")

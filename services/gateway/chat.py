@@ -2,14 +2,13 @@
 
 What the API has and this service does not is refused by name, where it would change the answer, and passed
 over where it would not. What the llm checks, amounts, order of turns, room in the context, is left to it: its
-errors come back under the names that the client used (`Naming`). Knows no HTTP and fetches nothing.
+errors come back under the names that the client used (`naming.py`). Knows no HTTP and fetches nothing.
 
 Source: OpenAI's API reference, "Create chat completion".
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, TypeAlias
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from hiprune.errors import InvalidInput, Unsupported
-from hiprune.v1 import llm_service_pb2, media_pb2
+from hiprune.v1 import llm_service_pb2
 from hiprune.v1 import pruner_service_pb2 as pb
 
 _ROLES: Final = {
@@ -66,6 +65,10 @@ _NEUTRAL: Final[Mapping[str, tuple[Any, ...]]] = {
 """Those that would, and the values that ask for nothing; null is one for each."""
 _INT32: Final = 2**31 - 1
 _INT64: Final = 2**63 - 1
+MAX_VALUES: Final = 100_000
+"""Of a body: two bytes of JSON can make a hundred in memory, so that a bound on bytes alone is none on it."""
+_MAX_ITEMS: Final = 10_000
+"""Of an array; how many turns and strings are of use is the llm's to say."""
 _TAG: Final = "<"
 """Begins a name that pydantic puts into the path of an error and the client knows nothing of."""
 
@@ -127,7 +130,8 @@ _Part: TypeAlias = Annotated[
     ),
 ]
 _Content: TypeAlias = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[_Part], Tag("<parts>")],
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[_Part], Field(max_length=_MAX_ITEMS, fail_fast=True), Tag("<parts>")],
     Discriminator(
         _content_tag,
         custom_error_type="content",
@@ -135,7 +139,8 @@ _Content: TypeAlias = Annotated[
     ),
 ]
 _Stop: TypeAlias = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[str], Tag("<parts>")],
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Field(max_length=_MAX_ITEMS, fail_fast=True), Tag("<parts>")],
     Discriminator(
         _content_tag,
         custom_error_type="stop",
@@ -170,7 +175,8 @@ class ChatMessage(_Strict):
 class Pruning(_Strict):
     """How visual tokens are pruned: the one extension of the API. What is left out is the model's default."""
 
-    model_config = ConfigDict(extra="forbid")
+    # kept and refused in `read_chat`: forbidden here, each of a hundred thousand would be an error of its own
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
     method: Literal["none", "hiprune", "hiprune++", "random", "strided"] | None = Field(
         None, description="which tokens are kept; default: hiprune"
@@ -208,7 +214,11 @@ class ChatRequest(_Strict):
     model_config = ConfigDict(extra="allow")
 
     model: str = Field(description="name of the model served: GET /v1/models")
-    messages: list[ChatMessage] = Field(description="the turns, oldest first, the last of them the user's")
+    messages: list[ChatMessage] = Field(
+        max_length=_MAX_ITEMS,
+        fail_fast=True,
+        description="the turns, oldest first, the last of them the user's",
+    )
     stream: bool | None = Field(None, description="send the answer as it comes, as server-sent events")
     stream_options: StreamOptions | None = None
     max_completion_tokens: int | None = Field(
@@ -237,7 +247,13 @@ class ChatRequest(_Strict):
 
 
 def read_chat(body: bytes | bytearray) -> ChatRequest:
-    """The request of a body. Raises InvalidInput, Unsupported, with the client's own name of the field."""
+    """The request of a body. Raises InvalidInput, Unsupported, with the client's own name of the field.
+
+    One of too many values is refused before it is parsed. Each but the first follows one of three signs,
+    which base64 does not have: images count for nothing.
+    """
+    if sum(body.count(sign) for sign in b",[{") > MAX_VALUES:
+        raise InvalidInput(f"the body has more than {MAX_VALUES} values", reason="LIMIT_EXCEEDED")
     try:
         chat = ChatRequest.model_validate_json(body)
     except ValidationError as error:
@@ -245,16 +261,22 @@ def read_chat(body: bytes | bytearray) -> ChatRequest:
     for index, message in enumerate(chat.messages):
         if message.tool_calls:
             raise Unsupported("tools are not served here", field=f"messages[{index}].tool_calls")
+    for name in (chat.pruning and chat.pruning.model_extra) or ():
+        raise _unknown(f"pruning.{name}")
     for name, value in (chat.model_extra or {}).items():
         if value is None or name in _IGNORED or value in _NEUTRAL.get(name, ()):
             continue
         if name not in _NEUTRAL:
-            raise InvalidInput("is no parameter of this API", reason="UNKNOWN_PARAMETER", field=name[:100])
+            raise _unknown(name)
         only = " or ".join(repr(each) for each in (*_NEUTRAL[name], None))
         raise Unsupported(f"is not served here, expected {only} or nothing", field=name)
     if not chat.model:
         raise InvalidInput("is empty, expected the name of a model", reason="MISSING_FIELD", field="model")
     return chat
+
+
+def _unknown(name: str) -> InvalidInput:
+    return InvalidInput("is no parameter of this API", reason="UNKNOWN_PARAMETER", field=name[:100])
 
 
 def _refusal(error: ValidationError) -> InvalidInput:
@@ -271,8 +293,8 @@ def _refusal(error: ValidationError) -> InvalidInput:
         return InvalidInput("the body is not JSON", reason="INVALID_JSON")
     if kind == "model_type" and not field:
         return InvalidInput("the body is no JSON object", reason="INVALID_JSON")
-    reason = {"missing": "MISSING_FIELD", "extra_forbidden": "UNKNOWN_PARAMETER"}.get(kind, "INVALID_FIELD")
-    words = {"missing": "is missing", "extra_forbidden": "is no parameter of this API"}
+    reason = {"missing": "MISSING_FIELD", "too_long": "LIMIT_EXCEEDED"}.get(kind, "INVALID_FIELD")
+    words = {"missing": "is missing", "too_long": f"has more than {_MAX_ITEMS} items"}
     return InvalidInput(words.get(kind, first["msg"]), reason=reason, field=field[:200])
 
 
@@ -309,31 +331,32 @@ def to_request(chat: ChatRequest, images: Sequence[bytes]) -> llm_service_pb2.As
         seed=chat.seed,
         stop=[chat.stop] if isinstance(chat.stop, str) else chat.stop,
     )
-    return llm_service_pb2.AskImageRequest(
-        messages=[_message(message, files) for message in chat.messages],
+    request = llm_service_pb2.AskImageRequest(
         policy=_policy(chat.pruning) if chat.pruning is not None else None,
         sampling=sampling,
         model=chat.model,
     )
+    for message in chat.messages:  # in place: a message given to another one's constructor is copied
+        _fill(request.messages.add(), message, files)
+    return request
 
 
-def _message(message: ChatMessage, files: Iterator[bytes]) -> llm_service_pb2.Message:
+def _fill(turn: llm_service_pb2.Message, message: ChatMessage, files: Iterator[bytes]) -> None:
+    turn.role = _ROLES[message.role]
     content = message.content
     if content is None and message.role == "assistant":
         content = ""  # an answer that was empty
-    parts = []
     if isinstance(content, str):
-        parts.append(llm_service_pb2.Part(text=content))
+        turn.parts.add(text=content)
     else:
         for part in content or ():
             match part:
                 case TextPart():
-                    parts.append(llm_service_pb2.Part(text=part.text))
+                    turn.parts.add(text=part.text)
                 case RefusalPart():
-                    parts.append(llm_service_pb2.Part(text=part.refusal))
+                    turn.parts.add(text=part.refusal)
                 case ImagePart():
-                    parts.append(llm_service_pb2.Part(media=media_pb2.Media(image=next(files))))
-    return llm_service_pb2.Message(role=_ROLES[message.role], parts=parts)
+                    turn.parts.add().media.image = next(files)
 
 
 def _policy(pruning: Pruning) -> pb.PrunePolicy:
@@ -381,50 +404,3 @@ def _read_keep(text: str) -> tuple[float | None, int | None]:
     if "." in text:
         return float(text), None
     return None, int(text)
-
-
-_PART: Final = re.compile(r"messages\[(\d+)\]\.parts(?:\[(\d+)\])?(?:\.(text|media).*)?")
-
-
-@dataclass(frozen=True, slots=True)
-class Naming:
-    """What the client calls the fields of the AskImage request that was made of its own.
-
-    Holds nothing of its words and images: it lives as long as the answer takes.
-    """
-
-    in_parts: tuple[bool, ...]
-    """Of each message, whether its content came in parts."""
-    max_tokens: str
-    """The name that it used."""
-    one_stop: bool
-    """It sent a string, and no array of them."""
-
-    @classmethod
-    def of(cls, chat: ChatRequest) -> Naming:
-        """The names of one request."""
-        return cls(
-            in_parts=tuple(isinstance(message.content, list) for message in chat.messages),
-            max_tokens="max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens",
-            one_stop=isinstance(chat.stop, str),
-        )
-
-    def __call__(self, field: str) -> str:
-        """The client's name of a field; the field itself when it has none."""
-        if found := _PART.fullmatch(field):
-            index, number, kind = int(found[1]), found[2], found[3]
-            content = f"messages[{index}].content"
-            if number is None or index >= len(self.in_parts) or not self.in_parts[index]:
-                return content
-            return f"{content}[{number}].{'image_url.url' if kind == 'media' else 'text'}"
-        head, _, rest = field.partition(".")
-        if head == "sampling" and rest == "max_tokens":
-            return self.max_tokens
-        if head == "sampling" and rest.startswith("stop") and self.one_stop:
-            return "stop"
-        if head == "sampling" and rest:
-            return rest
-        if head == "policy":
-            rest = "keep" if rest in ("keep_count", "keep_ratio") else rest
-            return f"pruning.{rest}" if rest else "pruning"
-        return field

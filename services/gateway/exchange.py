@@ -40,6 +40,8 @@ _CODES: Final = {
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
 """gRPC's word for a status; other refusals are INVALID_ARGUMENT."""
+_FULL: Final = "overloaded"
+"""A 503 too, as HTTP has it; but nothing is down, and the llm counts its own as RESOURCE_EXHAUSTED."""
 
 
 class Exchange:
@@ -77,7 +79,7 @@ class Exchange:
     ) -> None:
         spent_s = time.perf_counter() - self._began_s
         failed = bool(self._outcome)
-        code = _CODES.get(self._outcome, grpc.StatusCode.INVALID_ARGUMENT) if failed else grpc.StatusCode.OK
+        code = self._grpc_code()
         telemetry.observe("hiprune.rpc.duration", spent_s, rpc=self._rpc, code=code.name)
         if failed:
             reason = self._code.upper()
@@ -90,6 +92,13 @@ class Exchange:
         self._tell(spent_s * 1000)
         self._span.end()
         otel_context.detach(self._before)
+
+    def _grpc_code(self) -> grpc.StatusCode:
+        if not self._outcome:
+            return grpc.StatusCode.OK
+        if self._code == _FULL:
+            return grpc.StatusCode.RESOURCE_EXHAUSTED
+        return _CODES.get(self._outcome, grpc.StatusCode.INVALID_ARGUMENT)
 
     def _tell(self, spent_ms: float) -> None:
         if not _access.isEnabledFor(logging.INFO):

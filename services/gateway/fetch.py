@@ -245,6 +245,9 @@ _UNICAST: Final = ipaddress.ip_network("2000::/3")
 """All of IPv6 that is given to anybody (RFC 4291): not mapped, compatible or local addresses."""
 _TUNNELS: Final = (ipaddress.ip_network("2002::/16"), ipaddress.ip_network("2001::/32"))
 """6to4 and Teredo, which hold an IPv4 address that somebody else would connect to."""
+_AZURE_HOST: Final = ipaddress.ip_address("168.63.129.16")
+"""Looks public and is the machine below: within Azure the host's agent answers there, as 169.254.169.254 does
+elsewhere (Microsoft, "What is IP address 168.63.129.16?")."""
 
 
 def is_public(address: str) -> bool:
@@ -258,7 +261,7 @@ def is_public(address: str) -> bool:
             found = ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
         elif found not in _UNICAST or any(found in tunnel for tunnel in _TUNNELS):
             return False
-    return found.is_global and not found.is_multicast and not found.is_reserved
+    return found.is_global and not found.is_multicast and not found.is_reserved and found != _AZURE_HOST
 
 
 async def _resolve(host: str, port: int) -> list[str]:

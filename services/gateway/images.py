@@ -8,14 +8,19 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import functools
 from collections.abc import Sequence
 from typing import Final
 
 from hiprune.errors import InvalidInput
 from services.gateway.chat import ImageSlot
 from services.gateway.fetch import MEDIA_TYPES, Fetcher
+from services.gateway.worker import Worker
 
 _SHOWN: Final = 40
+_PIECE: Final = 2**20
+"""Characters of base64 that are decoded at a time, groups of four: the interpreter is held for each, and a
+copy is made."""
 
 
 def is_remote(url: str) -> bool:
@@ -23,7 +28,7 @@ def is_remote(url: str) -> bool:
     return url[:5].lower() != "data:"
 
 
-async def load(slots: Sequence[ImageSlot], fetcher: Fetcher, max_bytes: int) -> list[bytes]:
+async def load(slots: Sequence[ImageSlot], fetcher: Fetcher, worker: Worker, max_bytes: int) -> list[bytes]:
     """The images, in order; those to fetch all at once. The first error ends the others' work.
 
     Raises InvalidInput.
@@ -35,7 +40,9 @@ async def load(slots: Sequence[ImageSlot], fetcher: Fetcher, max_bytes: int) -> 
     }
     try:
         inline = {
-            place: read_data_url(slot.url, slot.field, max_bytes)
+            place: await worker.run(
+                len(slot.url), functools.partial(read_data_url, slot.url, slot.field, max_bytes)
+            )
             for place, slot in enumerate(slots)
             if place not in fetching
         }
@@ -63,6 +70,11 @@ def read_data_url(url: str, field: str, max_bytes: int) -> bytes:
             f"{size} bytes, expected at most {max_bytes}", reason="LIMIT_EXCEEDED", field=field
         )
     try:
-        return base64.b64decode(encoded.encode("ascii"), validate=True)
+        if 0 <= encoded.find("=") < len(encoded) - 2:
+            raise binascii.Error("goes on after its end")
+        return b"".join(
+            base64.b64decode(encoded[start : start + _PIECE], validate=True)
+            for start in range(0, len(encoded), _PIECE)
+        )
     except (binascii.Error, ValueError) as error:  # ValueError: not ASCII
         raise InvalidInput("is not base64", reason="IMAGE_UNREADABLE", field=field) from error

@@ -1,7 +1,8 @@
 """Requests as they arrive over HTTP: how many, how large, how long, and whether their client is still there.
 
 A body is read when it is known that it may come: its announced length is held against the bound before a byte
-of it is kept, and a large one waits until the llm knows its client's key. Knows no route and no content.
+of it is kept, and a large one waits until the llm knows its client's key. Of a client that nobody has vouched
+for counts what has come, and not what it says will: a word costs it nothing. Knows no route and no content.
 """
 
 from __future__ import annotations
@@ -77,12 +78,12 @@ class Intake:
             size = int(announced)
             self._check(size)
         taken = 0
+        vouched = size > SMALL_BODY
         try:
-            taken = self._take(size)
-            if size > SMALL_BODY:
+            if vouched:
                 await vouch()
+                taken = self._take(size)
             body = bytearray()
-            vouched = size > SMALL_BODY
             try:
                 async with asyncio.timeout(self._body_s):
                     async for chunk in _chunks(receive):

@@ -29,11 +29,12 @@ class Settings(ProcessSettings):
         64 * 2**20, ge=1024, le=2**31 - 1, description="largest request body, images in base64, in bytes"
     )
     max_held_bytes: int = Field(
-        512 * 2**20,
+        160 * 2**20,
         ge=1024,
         le=2**40,
         description="bodies of all requests that wait for their first word together, in bytes; more are "
-        "refused as OVERLOADED",
+        "refused as OVERLOADED. A body takes up to 4 times its size while it becomes a request for the llm: "
+        "give the process so much, and 256 MiB (the default fits a container of 1 GiB)",
     )
     body_timeout_ms: int = Field(
         30_000, ge=1, le=3_600_000, description="time in which a request's body must come, in milliseconds"

@@ -6,7 +6,10 @@ import asyncio
 import base64
 import json
 import logging
+import threading
+import weakref
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx2
 import openai
@@ -27,6 +30,8 @@ from hiprune.errors import (
 )
 from hiprune.v1 import llm_service_pb2
 from hiprune.v1 import pruner_service_pb2 as pruner_pb
+from services.gateway import chat
+from services.gateway.backend import Backend
 from services.gateway.fetch import Fetcher
 from tests.gateways import KEY, MODEL, ScriptedLlm, gateway, scripted_llm
 
@@ -301,6 +306,17 @@ async def test_an_error_within_a_stream_reaches_the_client_as_one(client, llm, e
     assert refused.value.code == error.reason.lower()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_ends_without_its_completion_is_an_error(url, llm, stream):
+    llm.completes = False
+    async with httpx2.AsyncClient() as http:
+        body = {"model": MODEL, "messages": ASK, "stream": stream}
+        answer = await http.post(f"{url}/v1/chat/completions", json=body)
+    assert answer.status_code == (200 if stream else 500)
+    last = answer.text.strip().split("\n\n")[-1].removeprefix("data: ")
+    assert json.loads(last)["error"]["code"] == "internal"
+
+
 async def test_an_llm_that_is_not_there_is_unavailable():
     async with gateway("127.0.0.1:1") as url, httpx2.AsyncClient() as http:
         body = {"model": MODEL, "messages": ASK}
@@ -374,23 +390,62 @@ async def test_a_body_that_a_web_page_may_send_unasked_is_refused(url, llm, kind
     assert not llm.asked
 
 
-async def test_a_stranger_is_refused_before_a_large_body_is_read(llm):
+@pytest.mark.parametrize(
+    ("listen", "length", "sent"),
+    [
+        ("127.0.0.1:8080", f"content-length: {2**26}", b""),
+        ("127.0.0.1:8080", "transfer-encoding: chunked", b"100001\r\n" + b" " * (2**20 + 1) + b"\r\n"),
+        ("0.0.0.0:8080", "content-length: 100", b""),  # where all need a key, no body is a small one
+    ],
+)
+async def test_a_stranger_is_refused_before_a_large_body_is_read(llm, listen, length, sent):
     llm.key = KEY
-    async with gateway(llm.address) as url, httpx2.AsyncClient() as http:
-        read = 0
+    async with gateway(llm.address, listen=listen, body_timeout_ms=2000) as url:
+        host, _, port = url.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = "POST /v1/chat/completions HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}authorization: Bearer wrong\r\n{length}\r\n\r\n".encode() + sent)
+        answer = await reader.readline()  # though the rest never comes
+        writer.close()
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert not llm.asked
 
-        async def large() -> AsyncIterator[bytes]:
-            nonlocal read
-            for _ in range(64):
-                read += 1
-                yield b" " * 2**20
-                await asyncio.sleep(0)
 
-        headers = {"content-type": "application/json", "authorization": "Bearer wrong"}
-        answer = await http.post(f"{url}/v1/chat/completions", content=large(), headers=headers)
-        assert answer.status_code == 401
-        assert llm.described == 1
-        assert not llm.asked
+@pytest.mark.parametrize("size", [1000, 10**6])
+async def test_of_a_request_one_copy_is_left_when_the_llm_is_asked(url, llm, monkeypatch, size):
+    bodies, chats, threads, left = [], [], [], []
+    read, make, ask = chat.read_chat, chat.to_request, Backend.ask
+
+    def reads(body: bytearray) -> chat.ChatRequest:
+        bodies.append(body)
+        threads.append(threading.current_thread())
+        made = read(body)
+        chats.append(weakref.ref(made))
+        return made
+
+    def makes(*of: Any) -> llm_service_pb2.AskImageRequest:
+        threads.append(threading.current_thread())
+        return make(*of)
+
+    async def asks(*of: Any) -> AsyncIterator[Any]:
+        left.extend(each for each in (*bodies, *(seen() for seen in chats)) if each)
+        async for event in ask(*of):
+            yield event
+
+    monkeypatch.setattr(chat, "read_chat", reads)
+    monkeypatch.setattr(chat, "to_request", makes)
+    monkeypatch.setattr(Backend, "ask", asks)
+    turn = {
+        "role": "user",
+        "content": [image("data:image/png;base64," + base64.b64encode(bytes(size)).decode())],
+    }
+    async with httpx2.AsyncClient() as http:
+        answer = await http.post(f"{url}/v1/chat/completions", json={"model": MODEL, "messages": [turn]})
+    assert answer.status_code == 200
+    assert len(llm.asked[0].request.messages[0].parts[0].media.image) == size
+    assert not left
+    beside = [thread is not threading.main_thread() for thread in threads]
+    assert beside == [size > 2**18] * 2
 
 
 async def test_more_requests_than_may_be_served_are_refused(llm):

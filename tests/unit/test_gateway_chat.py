@@ -12,12 +12,14 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
+from pydantic import ValidationError
 
 from hiprune.errors import HipruneError, InvalidInput, Unsupported
 from hiprune.v1 import llm_service_pb2
 from hiprune.v1 import pruner_service_pb2 as pb
 from services.gateway import chat, images
-from services.gateway.chat import Naming, read_chat, to_request
+from services.gateway.chat import read_chat, to_request
+from services.gateway.naming import Naming
 
 USER = {"role": "user", "content": "?"}
 PNG = base64.b64encode(b"an image").decode()
@@ -150,7 +152,15 @@ def test_parameters_that_would_change_the_answer_are_refused_by_name(fields):
         (b"[]", "", "INVALID_JSON"),
         (b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}', "", "INVALID_JSON"),
         (b"\xff", "", "INVALID_JSON"),
-        (b'{"model": "m", "messages": ' + b"[" * 100_000, "", "INVALID_JSON"),
+        (b'{"model": "m", "messages": ' + b"[" * 50_000, "", "INVALID_JSON"),
+        (b'{"model": "m", "messages": ' + b"[" * 100_000, "", "LIMIT_EXCEEDED"),
+        (body(*[USER] * 10_001), "messages", "LIMIT_EXCEEDED"),
+        (body(stop=["a"] * 10_001), "stop", "LIMIT_EXCEEDED"),
+        (
+            body({"role": "user", "content": [{"type": "text", "text": ""}] * 10_001}),
+            "messages[0].content",
+            "LIMIT_EXCEEDED",
+        ),
         (b"{}", "model", "MISSING_FIELD"),
         (body(model=""), "model", "MISSING_FIELD"),
         (body(model=5), "model", "INVALID_FIELD"),
@@ -196,6 +206,46 @@ def test_parameters_that_would_change_the_answer_are_refused_by_name(fields):
 def test_what_is_wrong_is_named_as_the_client_wrote_it(raw, field, reason):
     error = refusal(raw)
     assert (error.field, error.reason) == (field, reason)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        body(*[0] * 9000),
+        body({"role": "user", "content": [0] * 9000}),
+        body(stop=[0] * 9000),
+        body(pruning={f"p{number}": 0 for number in range(9000)}),
+    ],
+    ids=["turns", "parts", "stop", "pruning"],
+)
+def test_of_many_things_that_are_wrong_one_becomes_an_error(raw):
+    cause = refusal(raw).__cause__
+    assert cause is None or (isinstance(cause, ValidationError) and cause.error_count() == 1)
+
+
+@pytest.mark.parametrize("more", [b"0," * 100_000, b"[]," * 50_001, b"{}," * 50_001])
+def test_a_body_of_too_many_values_is_not_parsed(more, monkeypatch):
+    monkeypatch.setattr(chat.ChatRequest, "model_validate_json", None)
+    raw = b'{"model": "m", "messages": [], "user": [' + more + b"0]}"
+    assert refusal(raw).reason == "LIMIT_EXCEEDED"
+
+
+def test_images_do_not_count_as_values():
+    url = f"data:image/png;base64,{base64.b64encode(bytes(range(256)) * 4000).decode()}"
+    part = {"type": "image_url", "image_url": {"url": url}}
+    assert len(list(chat.images_of(read_chat(body({"role": "user", "content": [part]}))))) == 1
+
+
+def test_base64_is_read_in_pieces_as_it_is_in_one(monkeypatch):
+    monkeypatch.setattr(images, "_PIECE", 8)
+    for size in range(30):
+        data = bytes(range(size))
+        assert (
+            images.read_data_url(f"data:image/png;base64,{base64.b64encode(data).decode()}", "f", 99) == data
+        )
+    for text in ("AAAAAA==AAAA", "AAAAAAA=AAAA", "AAAAAAAAA", "AAAA====", "AAAAAAAA=", "AAAAAA=A"):
+        with pytest.raises(InvalidInput):
+            images.read_data_url(f"data:image/png;base64,{text}", "f", 99)
 
 
 def test_an_error_does_not_repeat_what_the_client_wrote():

@@ -30,6 +30,17 @@ def parts(*chunks: bytes, left: bool = False) -> Receive:
     return receive
 
 
+def no_more_than(*chunks: bytes) -> Receive:
+    """A client of whom these are read, and of what it has besides nothing."""
+    left = list(chunks)
+
+    async def receive() -> dict[str, Any]:
+        assert left, "it was read on"
+        return {"type": "http.request", "body": left.pop(0), "more_body": True}
+
+    return receive
+
+
 async def anybody() -> None:
     """Vouches for all."""
 
@@ -59,12 +70,38 @@ async def test_a_large_body_is_read_on_when_its_client_is_known():
     large = bytes(SMALL_BODY + 1)
     async with intake.body(parts(large), str(len(large)), anybody) as body:
         assert len(body) == len(large)
-    for announced in (str(len(large)), None):
+    for announced, chunks in ((str(len(large)), ()), (None, (large,))):
         with pytest.raises(Unauthenticated):
-            async with intake.body(parts(large), announced, nobody):
+            async with intake.body(no_more_than(*chunks), announced, nobody):
                 pass
     async with intake.body(parts(bytes(SMALL_BODY)), str(SMALL_BODY), nobody):
         pass  # the llm says so anyway, and soon
+
+
+@pytest.mark.parametrize("size", [1000, 2 * SMALL_BODY])
+async def test_what_a_stranger_says_will_come_takes_no_room(size):
+    intake = Intake(Settings(max_held_bytes=size * 3 // 2))
+
+    async def idle() -> None:
+        await asyncio.Event().wait()
+
+    async def waits() -> dict[str, Any]:
+        return await asyncio.Event().wait()
+
+    async def stranger() -> None:
+        async with intake.body(waits, str(size), idle):
+            pass
+
+    strangers = [asyncio.create_task(stranger()) for _ in range(3)]
+    await asyncio.sleep(0)
+    async with intake.body(parts(bytes(size)), str(size), anybody) as body:
+        assert len(body) == size
+        with pytest.raises(Exhausted):  # of who is known it counts before it has come
+            async with intake.body(no_more_than(bytes(size)), str(size), anybody):
+                pass
+    for task in strangers:
+        task.cancel()
+    await asyncio.wait(strangers)
 
 
 @pytest.mark.parametrize("announced", ["-1", "1e3", "many", "", "\u0661"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hiprune.config import ConfigError
+from services.gateway import exchange
 from services.gateway.process import bind
 from services.gateway.settings import Settings
 
@@ -24,6 +25,30 @@ def test_hosts_are_read_from_a_list():
 def test_what_is_no_list_of_hosts_is_refused(hosts):
     with pytest.raises(ConfigError, match="image_hosts"):
         Settings.read(["--image-hosts", hosts], {})
+
+
+def test_the_bodies_held_fit_the_containers_memory():
+    needed = 4 * Settings().max_held_bytes + 256 * 2**20
+    assert needed <= 2**30
+    assert "${HIPRUNE_GATEWAY_MEMORY:-1g}" in Path("docker-compose.yml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (503, "overloaded", "RESOURCE_EXHAUSTED"),
+        (503, "draining", "UNAVAILABLE"),
+        (429, "quota", "RESOURCE_EXHAUSTED"),
+        (400, "invalid_field", "INVALID_ARGUMENT"),
+    ],
+)
+def test_an_error_counts_as_it_does_at_the_llm(status, code, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(exchange.telemetry, "observe", lambda *_, **labels: seen.append(labels["code"]))
+    monkeypatch.setattr(exchange.telemetry, "count", lambda *_, **labels: seen.append(labels["code"]))
+    with exchange.Exchange("POST", "/v1/chat/completions", {}, "AskImage") as it:
+        it.failed(status, code)
+    assert seen == [expected, expected]
 
 
 def test_beyond_this_machine_it_may_listen_as_the_llm_is_asked_who_may_come():
