@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from models.shapes.scenes import COLOURS, KINDS, MOST_THINGS, SIDE, Scene, Thing
+from models.shapes.scenes import COLOURS, KINDS, SIDE, Scene, Thing
 
 TYPES: Final = ("colour", "shape", "size", "count", "exist", "relation", "where")
 
@@ -68,25 +68,27 @@ def _pick(draw: np.random.Generator, *choices: str) -> str:
 
 
 def _colour(scene: Scene, draw: np.random.Generator) -> Question | None:
-    kinds = Counter(each.kind for each in scene.things)
-    able = [order for order, each in enumerate(scene.things) if kinds[each.kind] == 1]
-    if not able:
-        return None
-    order = int(draw.choice(able))
-    thing = scene.things[order]
-    text = _pick(draw, "which colour is the {} ?", "what colour is the {} ?", "what color is the {} ?")
-    return Question("colour", text.format(thing.kind), thing.colour, (order,))
+    texts = ("which colour is the {} ?", "what colour is the {} ?", "what color is the {} ?")
+    return _property(scene, draw, "colour", "kind", "colour", *texts)
 
 
 def _shape(scene: Scene, draw: np.random.Generator) -> Question | None:
-    colours = Counter(each.colour for each in scene.things)
-    able = [order for order, each in enumerate(scene.things) if colours[each.colour] == 1]
+    texts = ("which shape is {} ?", "what shape is {} ?", "what is the {} shape ?")
+    return _property(scene, draw, "shape", "colour", "kind", *texts)
+
+
+def _property(
+    scene: Scene, draw: np.random.Generator, type_: str, given: str, asked: str, *texts: str
+) -> Question | None:
+    """Asks for one attribute of a thing by another, which no other thing has alike."""
+    values = [getattr(each, given) for each in scene.things]
+    able = [order for order, value in enumerate(values) if values.count(value) == 1]
     if not able:
         return None
     order = int(draw.choice(able))
-    thing = scene.things[order]
-    text = _pick(draw, "which shape is {} ?", "what shape is {} ?", "what is the {} shape ?")
-    return Question("shape", text.format(thing.colour), thing.kind, (order,))
+    return Question(
+        type_, _pick(draw, *texts).format(values[order]), getattr(scene.things[order], asked), (order,)
+    )
 
 
 def _size(scene: Scene, draw: np.random.Generator) -> Question | None:
@@ -209,15 +211,3 @@ _MAKERS: Final = {
     "relation": _relation,
     "where": _where,
 }
-
-ANSWERS: Final = (
-    *COLOURS,
-    *KINDS,
-    "small",
-    "large",
-    *(str(number) for number in range(MOST_THINGS + 1)),
-    "yes",
-    "no",
-    *("left", "right", "above", "below"),
-)
-"""Every one-word answer; `where` has two words more of `place`."""

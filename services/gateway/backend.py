@@ -18,8 +18,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hiprune import deadlines, telemetry
 from hiprune.auth import KEY_HEADER, is_private
-from hiprune.client import Line
-from hiprune.errors import HipruneError, Internal, Unauthenticated, Unavailable, from_rpc
+from hiprune.client import Line, call
+from hiprune.errors import HipruneError, Unauthenticated, Unavailable, from_rpc
 from hiprune.v1 import llm_service_pb2, llm_service_pb2_grpc
 from services.gateway.settings import Settings
 
@@ -69,13 +69,13 @@ class Backend:
         try:
             with telemetry.Call(request) as trace_context:
                 metadata = (*trace_context, *_credentials(authorization))
-                call = self._line.stub().image_qa.AskImage(request, timeout=timeout_s, metadata=metadata)
+                events = self._line.stub().image_qa.AskImage(request, timeout=timeout_s, metadata=metadata)
                 del request  # its images, for as long as the answer takes
                 try:
-                    async for event in call:
+                    async for event in events:
                         yield event
                 finally:
-                    call.cancel()
+                    events.cancel()
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, peer="llm") from error
 
@@ -84,19 +84,14 @@ class Backend:
 
         Raises HipruneError.
         """
-        request = llm_service_pb2.GetLanguageModelRequest()
-        timeout_s = deadlines.for_next_hop(self._default_s)
-        try:
-            with telemetry.Call(request) as trace_context:
-                metadata = (*trace_context, *_credentials(authorization))
-                answer = await self._line.stub().language_model.GetLanguageModel(
-                    request, timeout=timeout_s, metadata=metadata
-                )
-        except grpc.aio.AioRpcError as error:
-            raise from_rpc(error, peer="llm") from error
-        if not isinstance(answer, llm_service_pb2.GetLanguageModelResponse):
-            raise Internal(f"the llm answered with {type(answer).__name__}")
-        return answer
+        return await call(
+            self._line.stub().language_model.GetLanguageModel,
+            llm_service_pb2.GetLanguageModelRequest(),
+            llm_service_pb2.GetLanguageModelResponse,
+            peer="llm",
+            default_s=self._default_s,
+            metadata=_credentials(authorization),
+        )
 
     async def admit(self) -> None:
         """Whether requests may be passed on at all. Raises Unavailable.
