@@ -12,7 +12,7 @@ from services.llm.families import SplicedPrompt
 from services.llm.sampling import Sampling
 
 POSITIONS_END: Final = 2**31
-"""Where positions end for an engine that computes with whatever position it is given."""
+"""Where positions end for an engine that takes whatever fits its context, or computes with any."""
 
 
 @dataclass(frozen=True, slots=True)

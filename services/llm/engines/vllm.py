@@ -29,7 +29,7 @@ from hiprune.errors import Internal, Unavailable
 from hiprune.language_part import has_mrope
 from services.llm.engines import packing
 from services.llm.engines.adapters import LoraAdapter
-from services.llm.engines.base import Job, Step
+from services.llm.engines.base import POSITIONS_END, Job, Step
 from services.llm.engines.defaults import (
     end_tokens,
     read_generation_config,
@@ -106,7 +106,7 @@ class VllmEngine:
         self.context_length = int(self._config.max_position_embeddings)
         # vLLM looks sines up in a table that it makes four times as long as the context, for long videos; a
         # position beyond it would end its engine for everybody
-        self.positions_end = 4 * self.context_length if self._mrope else self.context_length
+        self.positions_end = 4 * self.context_length if self._mrope else POSITIONS_END
         self._engine: Any = None
         self._lora: dict[str, Any] = {}
         self.blocks_held = 0.0

@@ -25,7 +25,7 @@ from hiprune import deadlines
 from hiprune.config import ConfigError
 from hiprune.errors import Internal, Unavailable
 from hiprune.language_part import has_mrope
-from services.llm.engines.base import Job, Step
+from services.llm.engines.base import POSITIONS_END, Job, Step
 from services.llm.engines.defaults import (
     end_tokens,
     read_generation_config,
@@ -75,7 +75,8 @@ class VllmHttpEngine:
         defaults = read_generation_config(path, config)
         refuse_beyond(defaults, path, self.name, repetition_penalty=1.0)
         self.end_tokens = end_tokens(defaults)
-        self.context_length = self.positions_end = int(config.max_position_embeddings)
+        self.context_length = int(config.max_position_embeddings)
+        self.positions_end = POSITIONS_END
         self._model = ""
         self._client = httpx2.AsyncClient(
             base_url=url.rstrip("/") + "/",
@@ -93,7 +94,6 @@ class VllmHttpEngine:
             answer.raise_for_status()
             (model, *_) = answer.json()["data"]
             self._model, self.context_length = str(model["id"]), int(model["max_model_len"])
-            self.positions_end = self.context_length
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"url (--url): no vLLM server with one model answers at {self._client.base_url}: "
