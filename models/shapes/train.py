@@ -30,9 +30,9 @@ LOOK_EVERY: Final = 100
 """Steps between two looks at held-out scenes."""
 WARM_UP: Final = 100
 
-TOWER_ALONE: Final = 0.35
+TOWER_ALONE: Final = 0.3
 """Share of the steps in which the tower learns alone: before, it has nothing to tell a language model."""
-ALL_SEEN: Final = 0.8
+ALL_SEEN: Final = 0.93
 """Share of the steps after which the tower sees every patch, as it will in service."""
 
 
@@ -171,7 +171,7 @@ WEIGHTS: Final = {
 def draw_thinning(through: float, draw: torch.Generator) -> Thinning:
     """How many tokens this step works with."""
     one, other, third = torch.rand(3, generator=draw).tolist()
-    seen = 1.0 if through >= ALL_SEEN else 0.3 + 0.4 * one
+    seen = 1.0 if through >= ALL_SEEN else 0.2 + 0.35 * one
     read = 1.0 if third < 0.25 else 0.08 + 0.92 * other * other
     return Thinning(seen, read)
 
@@ -261,10 +261,10 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--run", default="out/shapes", help="folder of the run; an older run there goes on")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=32, help="pictures a step")
+    parser.add_argument("--steps", type=int, default=1100)
+    parser.add_argument("--batch", type=int, default=24, help="pictures a step")
     parser.add_argument("--questions", type=int, default=14, help="questions a picture")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=0, help="end this sitting after so long; 0: never")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 lets torch decide")
