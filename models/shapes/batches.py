@@ -29,6 +29,7 @@ class Batch:
 
     pixels: torch.Tensor  # (B, 3, SIDE, SIDE) float32, normalised
     owners: torch.Tensor  # (B, N) int64: 0 background, else 1 + the thing
+    masks: torch.Tensor  # (B, N, PATCH²) bool: which pixels of a patch are its owner's
     kinds: torch.Tensor  # (B, T + 1) int64, by owner; 0 is background, else 1 + the kind
     colours: torch.Tensor  # (B, T + 1) int64, likewise
     sizes: torch.Tensor  # (B, T + 1) int64, likewise
@@ -74,6 +75,7 @@ def make(tokenizer: PreTrainedTokenizerFast, seed: int, number: int, size: int, 
     return Batch(
         pixels=torch.stack([row.pixels for row in rows]),
         owners=torch.stack([row.owners for row in rows]),
+        masks=torch.stack([row.masks for row in rows]),
         kinds=torch.stack([row.kinds for row in rows]),
         colours=torch.stack([row.colours for row in rows]),
         sizes=torch.stack([row.sizes for row in rows]),
@@ -100,6 +102,7 @@ def make(tokenizer: PreTrainedTokenizerFast, seed: int, number: int, size: int, 
 class _Row:
     pixels: torch.Tensor
     owners: torch.Tensor
+    masks: torch.Tensor
     kinds: torch.Tensor
     colours: torch.Tensor
     sizes: torch.Tensor
@@ -116,12 +119,14 @@ class _Row:
 
 def _row(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, questions_each: int) -> _Row:
     draw = np.random.default_rng([*scene.number, 2])
-    picture, owners = scenes.render(scene)
+    picture, pixel_owners = scenes.render(scene)
+    owners = torch.from_numpy(scenes.patch_owners(pixel_owners).reshape(GRID * GRID))
     asked = questions(scene, questions_each, draw)
     about = torch.zeros(len(asked), MOST_THINGS + 1, dtype=torch.bool)
     row = _Row(
         pixels=(torch.from_numpy(picture).permute(2, 0, 1) / 255 - MEAN[0]) / STD[0],
-        owners=torch.from_numpy(scenes.patch_owners(owners).reshape(GRID * GRID)),
+        owners=owners,
+        masks=torch.from_numpy(scenes.patches(pixel_owners)) == owners[:, None],
         kinds=_by_owner([list(KINDS).index(each.kind) for each in scene.things]),
         colours=_by_owner([list(COLOURS).index(each.colour) for each in scene.things]),
         sizes=_by_owner([list(SIZES).index(each.size) for each in scene.things]),

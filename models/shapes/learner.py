@@ -4,9 +4,10 @@ The tower learns from what scenes know of their patches: which thing, what kind,
 middle is; and from words, as CLIP does, but patch by patch, so that a question finds its patches. The heads
 that ask for the former are thrown away. The language model learns from answers alone.
 
-Tokens are thinned in training, patches before the tower and features before the language model. Always
-by another share, and with another preference for things or for background, so that the share of foreground
-among the tokens tells nothing, neither a count nor which method thinned them.
+Tokens are thinned in training. Patches before the tower, to save time: of the background, since a shape of
+which patches are missing is not learned. Features before the language model: always by another share, and
+with another preference for things or for background, so that the share of foreground among the tokens tells
+nothing, neither a count nor which method thinned them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import CLIPModel, LlavaForConditionalGeneration
 from models.shapes.architecture import EOS, LAYERS, WIDTH
 from models.shapes.batches import IGNORED, PREFIX, Batch
 from models.shapes.questions import plural
-from models.shapes.scenes import COLOURS, GRID, KINDS, SIZES
+from models.shapes.scenes import COLOURS, GRID, KINDS, PATCH, SIZES
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Learner(nn.Module):
         self.size = nn.Linear(WIDTH, len(SIZES) + 1)
         self.middle = nn.Linear(WIDTH, 2)
         self.place = nn.Linear(WIDTH, 2)
+        self.mask = nn.Linear(WIDTH, PATCH * PATCH)
         self.register_buffer("phrases", phrases, persistent=False)
         at = torch.arange(GRID) / (GRID - 1)
         grid = torch.stack([at.expand(GRID, GRID), at[:, None].expand(GRID, GRID)], dim=-1)
@@ -79,6 +81,7 @@ class Learner(nn.Module):
             "size": _balanced(self.size(seen), sizes, thing),
             "middle": F.smooth_l1_loss(self.middle(seen)[thing], middles[thing], beta=0.05),
             "place": F.smooth_l1_loss(self.place(seen), self.places[kept], beta=0.05),
+            "mask": self._mask(batch, kept, seen, thing),
         }
         losses |= self._dense(features, kinds, colours, thing)
         losses["found"] = self._found(batch, owners, features)
@@ -129,6 +132,13 @@ class Learner(nn.Module):
     def _scale(self) -> torch.Tensor:
         return self.clip.logit_scale.exp().clamp(max=100)
 
+    def _mask(
+        self, batch: Batch, kept: torch.Tensor, seen: torch.Tensor, thing: torch.Tensor
+    ) -> torch.Tensor:
+        """Which pixels of a thing's patch are the thing: its outline, and so its kind."""
+        masks = batch.masks.gather(1, kept[..., None].expand(-1, -1, PATCH * PATCH))
+        return F.binary_cross_entropy_with_logits(self.mask(seen[thing]).float(), masks[thing].float())
+
     def _dense(
         self, features: torch.Tensor, kinds: torch.Tensor, colours: torch.Tensor, thing: torch.Tensor
     ) -> dict[str, torch.Tensor]:
@@ -173,16 +183,23 @@ def phrase_texts() -> list[str]:
     ]
 
 
+def things_whole(owners: torch.Tensor, share: float, draw: torch.Generator) -> torch.Tensor:
+    """Ascending indices (B, K) of a share of patches (B, N): those of things, those around, some others."""
+    near = (owners > 0).float().reshape(-1, 1, GRID, GRID)
+    near = F.max_pool2d(near, 3, stride=1, padding=1).flatten(1)  # (B, N)
+    return _highest(near + torch.rand(owners.shape, generator=draw), share)
+
+
 def thinned(owners: torch.Tensor, share: float, draw: torch.Generator) -> torch.Tensor:
     """Ascending indices (B, K) of a share of tokens (B, N), each picture with its own taste for things."""
-    size, number = owners.shape
-    kept = max(1, round(share * number))
-    if kept >= number:
-        return torch.arange(number).expand(size, -1)
     # Gumbel's trick: the taste is a factor from about 1/20 to 20 on a thing's chance
-    taste = 1.5 * torch.randn(size, 1, generator=draw)
-    noise = -torch.log(-torch.log(torch.rand(size, number, generator=draw).clamp(1e-9, 1 - 1e-7)))
-    scores = noise + taste * (owners > 0)
+    taste = 1.5 * torch.randn(len(owners), 1, generator=draw)
+    noise = -torch.log(-torch.log(torch.rand(owners.shape, generator=draw).clamp(1e-9, 1 - 1e-7)))
+    return _highest(noise + taste * (owners > 0), share)
+
+
+def _highest(scores: torch.Tensor, share: float) -> torch.Tensor:
+    kept = max(1, round(share * scores.shape[1]))
     return scores.topk(kept, dim=1).indices.sort(dim=1).values
 
 

@@ -115,11 +115,15 @@ def render(scene: Scene) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     return np.clip(pixels + noise, 0, 255).astype(np.uint8), np.asarray(owners, dtype=np.int64)
 
 
+def patches(pixels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(SIDE, SIDE) by patch, row-major: (GRID², PATCH²)."""
+    return pixels.reshape(GRID, PATCH, GRID, PATCH).swapaxes(1, 2).reshape(GRID * GRID, PATCH * PATCH)
+
+
 def patch_owners(owners: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """For each patch (GRID, GRID) the thing that covers most of it: 0 where none covers a quarter."""
-    blocks = owners.reshape(GRID, PATCH, GRID, PATCH).swapaxes(1, 2).reshape(GRID, GRID, PATCH * PATCH)
-    covered = np.stack([(blocks == order).mean(-1) for order in range(1, MOST_THINGS + 1)])
-    return np.where(covered.max(0) >= 0.25, covered.argmax(0) + 1, 0)
+    covered = np.stack([(patches(owners) == order).mean(-1) for order in range(1, MOST_THINGS + 1)])
+    return np.where(covered.max(0) >= 0.25, covered.argmax(0) + 1, 0).reshape(GRID, GRID)
 
 
 def _free_place(draw: np.random.Generator, things: list[Thing], radius: float) -> tuple[float, float] | None:

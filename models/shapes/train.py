@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from models.shapes import architecture
 from models.shapes.batches import HELD_OUT, IGNORED, Batch, Batches
-from models.shapes.learner import Learner, Thinning, phrase_texts, thinned
+from models.shapes.learner import Learner, Thinning, phrase_texts, things_whole, thinned
 from models.shapes.questions import TYPES
 
 SAVE_EVERY_S: Final = 600
@@ -30,7 +30,7 @@ LOOK_EVERY: Final = 100
 """Steps between two looks at held-out scenes."""
 WARM_UP: Final = 100
 
-TOWER_ALONE: Final = 0.3
+TOWER_ALONE: Final = 0.26
 """Share of the steps in which the tower learns alone: before, it has nothing to tell a language model."""
 ALL_SEEN: Final = 0.93
 """Share of the steps after which the tower sees every patch, as it will in service."""
@@ -133,7 +133,7 @@ def one_step(
     learner.train()
     draw = torch.Generator().manual_seed(seed)
     thinning = draw_thinning(through, draw)
-    kept = thinned(batch.owners, thinning.seen, draw)
+    kept = things_whole(batch.owners, thinning.seen, draw)
     read = thinned(batch.owners.gather(1, kept), thinning.read, draw).to(device)
     kept, batch = kept.to(device), batch.to(device)
     with torch.autocast(device.type, torch.bfloat16):
@@ -159,6 +159,7 @@ WEIGHTS: Final = {
     "size": 0.3,
     "middle": 3.0,
     "place": 2.0,
+    "mask": 1.0,
     "dense": 0.3,
     "dense colour": 0.15,
     "dense kind": 0.15,
@@ -171,7 +172,7 @@ WEIGHTS: Final = {
 def draw_thinning(through: float, draw: torch.Generator) -> Thinning:
     """How many tokens this step works with."""
     one, other, third = torch.rand(3, generator=draw).tolist()
-    seen = 1.0 if through >= ALL_SEEN else 0.2 + 0.35 * one
+    seen = 1.0 if through >= ALL_SEEN else 0.25 + 0.2 * one
     read = 1.0 if third < 0.25 else 0.08 + 0.92 * other * other
     return Thinning(seen, read)
 
@@ -261,8 +262,8 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--run", default="out/shapes", help="folder of the run; an older run there goes on")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--steps", type=int, default=1100)
-    parser.add_argument("--batch", type=int, default=24, help="pictures a step")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=16, help="pictures a step")
     parser.add_argument("--questions", type=int, default=14, help="questions a picture")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=1)

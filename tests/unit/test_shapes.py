@@ -7,7 +7,7 @@ import torch
 
 from models.shapes import architecture, scenes
 from models.shapes.batches import IGNORED, make
-from models.shapes.learner import thinned
+from models.shapes.learner import things_whole, thinned
 from models.shapes.questions import TYPES, place, questions
 from models.shapes.scenes import COLOURS, GRID, SIDE, render, scene
 
@@ -139,3 +139,19 @@ def test_thinning_keeps_a_share_in_order_and_its_taste_for_things_varies():
     share = (owners.gather(1, kept) > 0).float().mean(1) / (owners > 0).float().mean(1)
     assert share.min() < 0.5
     assert share.max() > 2
+
+
+def test_what_the_tower_sees_in_training_leaves_no_patch_of_a_thing_out():
+    owners = torch.from_numpy(np.stack([scenes.patch_owners(render(each)[1]).ravel() for each in MANY[:20]]))
+    kept = things_whole(owners, 0.6, torch.Generator().manual_seed(0))
+    assert kept.shape == (20, round(0.6 * GRID * GRID))
+    assert (kept.diff(dim=1) > 0).all()
+    assert torch.equal((owners.gather(1, kept) > 0).sum(1), (owners > 0).sum(1))
+
+
+def test_the_mask_of_a_patch_is_where_its_owner_is():
+    batch = make(architecture.tokenizer(), 7, 0, 2, 3)
+    for number in range(2):
+        pixels = scenes.patches(render(MANY[number])[1])
+        for patch, owner in enumerate(batch.owners[number].tolist()):
+            assert batch.masks[number, patch].tolist() == (pixels[patch] == owner).tolist()
