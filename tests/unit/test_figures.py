@@ -1,0 +1,157 @@
+"""Every figure of README and the documents is one of a committed result, or says whose it is; and a changed
+digit is noticed. What a figure is, and how it is declared, is in `tools/figures.py`."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tools import figures
+
+PAGES = figures.pages()
+DECLARED = figures.declared()
+LINES = [(page, line) for page, sections in DECLARED.items() for lines in sections.values() for line in lines]
+
+
+def changed(text: str) -> str:
+    """Another digit in its place."""
+    return str((int(text) + 1) % 10)
+
+
+@pytest.mark.parametrize("page", sorted(PAGES))
+def test_every_figure_of_a_page_is_what_it_is_declared_to_be(page: str) -> None:
+    found = figures.problems(page, PAGES[page], DECLARED.get(page, {}))
+    assert not found, "python tools/figures.py\n" + "\n".join(found)
+
+
+def test_no_page_is_declared_that_is_not_there() -> None:
+    assert set(DECLARED) <= set(PAGES)
+    assert {"README.md", "docs/performance.md", "docs/scaling.md"} <= set(DECLARED)
+
+
+def test_any_digit_that_changes_in_the_readmes_table_is_noticed() -> None:
+    readme = PAGES["README.md"]
+    start = readme.index("\n", readme.index("\n## Measured\n") + 1)
+    end = readme.index("\n## ", start)
+    noticed, names = 0, set()
+    for digit in re.finditer(r"\d", readme[start:end]):
+        place = start + digit.start()
+        text = readme[:place] + changed(digit[0]) + readme[place + 1 :]
+        if figures.problems("README.md", text, DECLARED["README.md"]):
+            noticed += 1
+        else:
+            word = re.compile(r"[^\s()|\[\]]*$").search(readme[:place])
+            names.add((word[0] if word else "") + re.split(r"[\s()|\[\],;]", readme[place:], maxsplit=1)[0])
+    assert noticed > 70
+    # the digits of names, of models and of files, are no figures
+    assert names <= {
+        *(
+            "2026-11-22",
+            "bf16",
+            "Qwen2.5-VL-3B's",
+            "CLIP-L/14-336's",
+            "CLIP-L/14-336",
+            "0.5B's",
+            "service_tax_0_5b",
+        ),
+        *("benchmarks/results/full_size_qwen2_5_vl_3b.json", "benchmarks/results/service_tax_0_5b.json"),
+    }
+
+
+def test_a_digit_that_changes_in_a_page_and_in_what_is_declared_is_noticed() -> None:
+    tried, missed = 0, []
+    for page, line in LINES:
+        written, equals, expression = line.partition(" = ")
+        if not equals or expression.startswith("about "):  # the zeros of what is rounded further say nothing
+            continue
+        number = re.search(r"[\d.  ]*\d", written)
+        assert number is not None
+        for digit in re.finditer(r"\d", number[0]):
+            place = number.start() + digit.start()
+            wrong = f"{written[:place]}{changed(digit[0])}{written[place + 1 :]} = {expression}"
+            tried += 1
+            missed += [] if figures.why_not(wrong, PAGES[page]) else [wrong]
+    assert tried > 700
+    assert not missed
+
+
+def test_the_readme_claims_no_figure_of_somebody_elses() -> None:
+    assert not [line for lines in DECLARED["README.md"].values() for line in lines if " = " not in line]
+
+
+# --- what a figure is ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("83.2 ms against 68.1 ms, × 1.24 (medians of 60 pairs)", ["83.2 ms", "68.1 ms", "× 1.24", "60"]),
+        ("32 549 requests, 0.5 % at most, a 364th", ["32 549", "0.5 %", "364"]),
+        ("0.91–1.07, within 4e-7, 20.6 times that", ["0.91", "1.07", "4e-7", "20.6 times"]),
+        ("CLIP-L/14-336, Qwen2.5-VL-3B, 24-layer, 2026-11-22, 22 November 2026, vLLM 0.32, 127.0.0.1", []),
+        ("decision 12, `83.2 ms`, [70 ms](x.md#10), 4 at a time, <!-- 5 ms -->", ["70 ms"]),
+        ("```\n# 5 ms\n```\n<!-- made -->\n5 ms\n<!-- /made -->", []),
+    ],
+)
+def test_a_figure_is_a_number_and_its_unit_and_no_name(text: str, expected: list[str]) -> None:
+    (section,) = figures.sections(f"[a](../benchmarks/results/a.json) {text} 11.5 s")
+    assert list(section.figures) == [*expected, "11.5 s"]
+
+
+def test_where_nothing_measured_is_linked_to_plain_numbers_are_none() -> None:
+    (section,) = figures.sections("## A\n60 pairs took 5 ms")
+    assert section.figures == ("5 ms",)
+
+
+# --- what does not hold ----------------------------------------------------------------------------------
+
+PAGE = "## A\n83.2 ms, 68.1 ms: [x](benchmarks/results/service_tax.json)"
+RIGHT = [
+    "83.2 ms = service_tax.three_processes_ms.median",
+    "68.1 ms = service_tax.one_process_ms.median",
+]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (RIGHT[:1], "behind '83.2 ms' the page has '68.1 ms' and figures.yaml nothing"),
+        (RIGHT[::-1], "the page has '83.2 ms' and figures.yaml '68.1 ms'"),
+        ([*RIGHT, RIGHT[0]], "the page has nothing and figures.yaml '83.2 ms'"),
+        ([RIGHT[0], "68.1 ms = service_tax.three_processes_ms.median"], "is 83.19"),
+        (["83.2 ms = 83.2", RIGHT[1]], "a number is not where a number comes from"),
+        (["83.2 ms = engines.answers.alike", RIGHT[1]], "the page does not link to engines.json"),
+        (["83.2 ms = service_tax.nothing", RIGHT[1]], "KeyError"),
+        (["83.2 ms = nothing.median", RIGHT[1]], "no result is called nothing"),
+        (['83.2 ms = __import__("os").getpid()', RIGHT[1]], "is no arithmetic"),
+    ],
+)
+def test_what_does_not_hold_is_said(lines: list[str], said: str) -> None:
+    assert figures.problems("page.md", PAGE, {"A": RIGHT}) == []
+    found = figures.problems("page.md", PAGE, {"A": lines})
+    assert any(said in line for line in found), found
+
+
+def test_a_heading_without_figures_has_none_declared() -> None:
+    assert figures.problems("page.md", PAGE, {"A": RIGHT, "B": RIGHT})
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "about", "expected"),
+    [
+        ("83.2 ms", 83.249, False, True),
+        ("83.2 ms", 83.251, False, False),
+        ("32 549", 32549, False, True),
+        ("0.0 %", 0.0186, False, True),
+        ("4e-7", 3.7e-7, False, True),
+        ("4e-7", 3.4e-7, False, False),
+        ("170 TFLOP", 172.0, False, False),
+        ("170 TFLOP", 172.0, True, True),
+        ("170 TFLOP", 176.0, True, False),
+    ],
+)
+def test_a_figure_shows_a_value_rounded_to_its_digits(
+    figure: str, value: float, about: bool, expected: bool
+) -> None:
+    assert figures.shows(figure, value, about=about) is expected
