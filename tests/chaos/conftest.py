@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from hiprune.stack import SERVICES, Stack
 from hiprune.v1 import pruner_service_pb2 as pb
 from tests.chaos.load import CLIENTS, Ask, Judge, Load, Tally, asks
 
-COUNTS: list[tuple[str, str]] = []
+COUNTS: list[tuple[str, Tally]] = []
 """What each test counted, for the end of the run."""
 
 SLOTS = 4
@@ -139,7 +141,7 @@ def counting(request: pytest.FixtureRequest) -> Iterator[Counting]:
     yield made
     whole = made.tally
     print(f"\n{whole}")
-    COUNTS.append((request.node.name, str(whole)))
+    COUNTS.append((named(request.node.name), whole))
     assert not whole.wrong, whole.wrong[:3]
     assert not whole.other, whole.other[:3]
     assert not whole.late, whole.late[:3]
@@ -162,5 +164,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The counts of all tests, where a reader finds them."""
     if COUNTS:
         terminalreporter.section("requests under faults")
-        for name, counted in COUNTS:
-            terminalreporter.write_line(f"{name.removeprefix('test_').replace('_', ' ')}: {counted}")
+        for name, tally in COUNTS:
+            terminalreporter.write_line(f"{name}: {tally}")
+    if path := os.environ.get("HIPRUNE_COUNTS"):  # for benchmarks.chaos
+        counts = [
+            {"fault": name, "right": tally.right, "again": dict(tally.retryable)} for name, tally in COUNTS
+        ]
+        Path(path).write_text(json.dumps(counts), "utf-8")
+
+
+def named(test: str) -> str:
+    """A test's name in words."""
+    return test.removeprefix("test_").replace("_", " ")
