@@ -274,7 +274,9 @@ def main() -> None:
             if section.title not in known.get(page, {}):
                 print(f"\n{page}:\n  {section.title}:")
                 for figure in section.figures:
-                    print(f"    - {figure} = {' | '.join(candidates(figure, section.results)[:6])}")
+                    first, *others = candidates(figure, section.results) or ["?"]
+                    or_else = f"  # or {', '.join(others[:4])}" if others else ""
+                    print(f"    - {figure} = {first}{or_else}")
 
 
 if __name__ == "__main__":
