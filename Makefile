@@ -58,6 +58,7 @@ protos: $(READY) ## regenerate src/hiprune/v1 and docs/reference from protos/
 tables: $(READY) ## refill the generated tables in services/*/README.md and docs/
 	@$(BIN)/python tools/settings_tables.py
 	@$(BIN)/python tools/telemetry_tables.py
+	@$(BIN)/python tools/http_reference.py
 
 k8s: $(READY) ## render deploy/k8s/rendered again, with kubectl 1.27 or newer
 	@$(BIN)/python tools/render_k8s.py

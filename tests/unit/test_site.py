@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 
 from hiprune import errors
 from hiprune.telemetry import names
-from tools import api_reference
+from tools import api_reference, http_reference
 from tools.docs_site import Site, rewritten, with_blocks_apart
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,6 +197,14 @@ def test_the_reference_is_what_the_protos_say() -> None:
     index = api_reference.INDEX.read_text("utf-8")
     stale += ["index"] if api_reference.refreshed(index) != index else []
     assert not stale, "make protos"
+
+
+def test_the_reference_of_http_is_what_the_gateway_describes() -> None:
+    text = http_reference.PAGE.read_text("utf-8")
+    assert text == http_reference.page(), "make tables"
+    for path, operations in http_reference.described()["paths"].items():
+        assert all(f"### {method.upper()} {path}\n" in text for method in operations)
+    assert "| `pruning` | [`Pruning`](#pruning) | How visual tokens are pruned" in text
 
 
 def test_the_reference_has_every_rpc_field_and_value_with_its_comment() -> None:
