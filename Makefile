@@ -11,7 +11,7 @@ VLLM_READY := .venv-vllm/ready
 NODE := tests/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all test-vllm fuzz soak smoke check docs protos tables k8s bench bench-vllm
+.PHONY: help demo up test test-all test-vllm fuzz soak smoke check protos tables k8s bench bench-vllm
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -48,6 +48,7 @@ check: $(READY) ## ruff and mypy
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
+.PHONY: docs
 docs: $(READY) ## the documents as a site, in out/site; make docs ARGS=serve shows it while one writes
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build --strict)
 
