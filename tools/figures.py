@@ -42,7 +42,7 @@ _FIGURE: Final = re.compile(
     rf"(?<![\w.\-/])(?P<sign>× ?)?(?P<number>{_NUMBER})(?P<unit> ?{_UNIT})?(?P<rest>\w*)"
 )
 _MADE: Final = re.compile(  # by a tool, and held by its test; and fences, where # begins a comment
-    r"<!-- (?P<name>[a-z_]+) -->.*?<!-- /(?P=name) -->|^(?P<fence>`{3,}).*?^(?P=fence)$",
+    r"<!-- (?P<name>[a-z_-]+) -->.*?<!-- /(?P=name) -->|^(?P<fence>`{3,}).*?^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
 _NAMES: Final = re.compile(

@@ -77,7 +77,7 @@ def test_a_digit_that_changes_in_a_page_and_in_what_is_declared_is_noticed() -> 
 
 
 def test_what_is_left_out_because_a_tool_has_made_it_is_named_by_a_tool() -> None:
-    names = {name for text in PAGES.values() for name in re.findall(r"<!-- /([a-z_]+) -->", text)}
+    names = {name for text in PAGES.values() for name in re.findall(r"<!-- /([a-z_-]+) -->", text)}
     folders = (figures.ROOT / "tools", figures.ROOT / "benchmarks")
     tools = "".join(path.read_text("utf-8") for folder in folders for path in folder.glob("*.py"))
     assert names == {name for name in names if f'"{name}"' in tools or f"<!-- /{name} -->" in tools}
