@@ -29,11 +29,13 @@ SAVE_EVERY_S: Final = 600
 LOOK_EVERY: Final = 100
 """Steps between two looks at held-out scenes."""
 WARM_UP: Final = 100
+MORE_QUESTIONS: Final = 2
+"""How many times as many questions a picture when the language model learns alone: they cost little then."""
 
 TOWER_ALONE: Final = 0.26
-"""Share of the steps in which the tower learns alone: before, it has nothing to tell a language model."""
+"""Share of the tower's steps in which it learns alone: before, it has nothing to tell a language model."""
 ALL_SEEN: Final = 0.93
-"""Share of the steps after which the tower sees every patch, as it will in service."""
+"""Share of the tower's steps after which it sees every patch, as it will in service."""
 
 
 def main() -> None:
@@ -84,29 +86,22 @@ def train(
     device: torch.device,
 ) -> None:
     """Steps `first` to the last, or to the end of the sitting."""
-    data = Batches(options.seed, options.batch, options.questions)
-    loader = DataLoader(
-        data,
-        batch_size=None,
-        sampler=_From(first, options.steps),
-        num_workers=options.workers,
-        pin_memory=device.type == "cuda",
-    )
+    total = options.steps + options.language_steps
     held_out = [Batches(HELD_OUT, 32, 14)[number] for number in range(options.look)]
     began = saved = time.monotonic()
     log = (run / "log.jsonl").open("a", encoding="utf-8")
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     step = first
     with bar, log:
-        task = bar.add_task("training", total=options.steps, completed=first)
-        for step, batch in zip(range(first, options.steps), loader, strict=False):
-            rate = options.learning_rate * schedule(step, options.steps)
+        task = bar.add_task("training", total=total, completed=first)
+        for step, batch in steps_from(first, options, device):
+            rate = options.learning_rate * schedule(step, options.steps, options.language_steps)
             for group in (group for each in optimizers for group in each.param_groups):
                 group["lr"] = rate
             losses = one_step(learner, optimizers, batch, step / options.steps, options.seed + step, device)
             done = step + 1
             line: dict[str, Any] = {"step": done, "seconds": round(time.monotonic() - began, 1)} | losses
-            if done % LOOK_EVERY == 0 or done == options.steps:
+            if done % LOOK_EVERY == 0 or done == total:
                 line["held out"] = look(learner, held_out, device)
                 bar.console.print(f"{done}: {_shown(line['held out'])}")
             log.write(json.dumps(line) + "\n")
@@ -114,11 +109,29 @@ def train(
             bar.update(task, completed=done, description=f"loss {losses['all']:.3f}")
             now = time.monotonic()
             over = options.minutes and now - began > options.minutes * 60
-            if over or done == options.steps or now - saved > SAVE_EVERY_S:
+            if over or done == total or now - saved > SAVE_EVERY_S:
                 keep(run, learner, optimizers, done)
                 saved = now
             if over:
                 break
+
+
+def steps_from(first: int, options: argparse.Namespace, device: torch.device) -> Iterator[tuple[int, Batch]]:
+    """Number and batch of each step from `first` on: those of the tower, then those of the language model."""
+    last = options.steps + options.language_steps
+    for begin, end, questions in (
+        (0, options.steps, options.questions),
+        (options.steps, last, MORE_QUESTIONS * options.questions),
+    ):
+        numbers = range(max(first, begin), end)
+        loader = DataLoader(
+            Batches(options.seed, options.batch, questions),
+            batch_size=None,
+            sampler=_Numbers(numbers),
+            num_workers=options.workers,
+            pin_memory=device.type == "cuda",
+        )
+        yield from zip(numbers, loader, strict=True)
 
 
 def one_step(
@@ -129,7 +142,10 @@ def one_step(
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """One step; `through` is the share of all steps that are done. Losses by name, the sum as `all`."""
+    """One step; `through` is the share of the tower's steps that are done. Losses by name, the sum as `all`.
+
+    From 1 on the tower stays as it is, and the language model learns to read it.
+    """
     learner.train()
     draw = torch.Generator().manual_seed(seed)
     thinning = draw_thinning(through, draw)
@@ -137,8 +153,9 @@ def one_step(
     read = thinned(batch.owners.gather(1, kept), thinning.read, draw).to(device)
     kept, batch = kept.to(device), batch.to(device)
     with torch.autocast(device.type, torch.bfloat16):
-        features, picture = learner.see(batch, kept)
-        losses = learner.vision_losses(batch, kept, features, picture)
+        with torch.set_grad_enabled(through < 1):
+            features, picture = learner.see(batch, kept)
+        losses = learner.vision_losses(batch, kept, features, picture) if through < 1 else {}
         if through >= TOWER_ALONE:
             logits, labels = learner.answer(batch, features, read)
             losses["answer"] = nn.functional.cross_entropy(logits.float(), labels)
@@ -177,8 +194,14 @@ def draw_thinning(through: float, draw: torch.Generator) -> Thinning:
     return Thinning(seen, read)
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: up in WARM_UP steps, level, then down to nothing over the last 40 %."""
+def schedule(step: int, tower_steps: int, language_steps: int = 0) -> float:
+    """Factor on the learning rate: up in WARM_UP steps, level, then down to nothing over the last 40 %.
+
+    Once for the tower's steps, and once more for those of the language model.
+    """
+    steps = tower_steps
+    if step >= tower_steps:
+        step, steps = step - tower_steps, language_steps
     up = min(1.0, (step + 1) / WARM_UP)
     left = (steps - step) / steps
     return up * min(1.0, 0.5 * (1 - math.cos(math.pi * min(1.0, left / 0.4))))
@@ -239,17 +262,17 @@ def restore(run: Path, learner: nn.Module, optimizers: list[torch.optim.Optimize
     return int(found["step"])
 
 
-class _From(Sampler[int]):
-    """Batch numbers from one on: a sitting begins where the last ended."""
+class _Numbers(Sampler[int]):
+    """Batch numbers: a sitting begins where the last ended."""
 
-    def __init__(self, first: int, steps: int) -> None:
-        self._range = range(first, steps)
+    def __init__(self, numbers: range) -> None:
+        self._numbers = numbers
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self._range)
+        return iter(self._numbers)
 
     def __len__(self) -> int:
-        return len(self._range)
+        return len(self._numbers)
 
 
 def _shown(accuracies: dict[str, float]) -> str:
@@ -262,7 +285,10 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--run", default="out/shapes", help="folder of the run; an older run there goes on")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1500, help="in which the tower learns")
+    parser.add_argument(
+        "--language-steps", type=int, default=700, help="after them, of the language model alone"
+    )
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")
     parser.add_argument("--questions", type=int, default=14, help="questions a picture")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
