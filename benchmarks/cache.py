@@ -30,7 +30,7 @@ from PIL import Image
 
 from benchmarks import checkpoints, plots, report
 from hiprune import tensors
-from hiprune.client import connect
+from hiprune.calls import connect
 from hiprune.redis_clients import close_client, open_client
 from hiprune.stack import Stack, find_redis
 from hiprune.v1 import media_pb2, pruner_service_pb2, pruner_service_pb2_grpc

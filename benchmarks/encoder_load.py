@@ -31,8 +31,8 @@ import torch
 
 from benchmarks import checkpoints, plots, report
 from hiprune import tensors
+from hiprune.calls import connect
 from hiprune.checkpoints import open_checkpoint
-from hiprune.client import connect
 from hiprune.errors import Exhausted, from_rpc
 from hiprune.stack import Stack
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc, media_pb2

@@ -19,7 +19,7 @@ from typing import Any, Final
 from benchmarks import report
 from benchmarks.cache import SETTLE_S, TIMEOUT_MS, TIMEOUT_S, photograph
 from hiprune.auth import TENANT_HEADER
-from hiprune.client import connect
+from hiprune.calls import connect
 from hiprune.stack import Stack
 from hiprune.v1 import media_pb2, pruner_service_pb2, pruner_service_pb2_grpc
 

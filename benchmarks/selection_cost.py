@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 from benchmarks import checkpoints, plots, report, tower_scaling
+from hiprune.calls import connect
 from hiprune.checkpoints import open_checkpoint
-from hiprune.client import connect
 from hiprune.stack import Stack
 from hiprune.v1 import media_pb2, pruner_service_pb2, pruner_service_pb2_grpc
 from services.encoder.families import load_tower

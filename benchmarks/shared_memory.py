@@ -32,8 +32,8 @@ import torch
 
 from benchmarks import report
 from hiprune import tensors
+from hiprune.calls import MAX_MESSAGE_BYTES, connect
 from hiprune.checkpoints import open_checkpoint
-from hiprune.client import MAX_MESSAGE_BYTES, connect
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.shared_memory import Borrower, Lender
 from hiprune.tensors import Memory

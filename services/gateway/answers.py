@@ -14,17 +14,15 @@ import time
 from collections.abc import Iterable
 from typing import Any, Final
 
-from hiprune.client import CACHE_WORDS
-from hiprune.v1 import encoder_service_pb2, llm_service_pb2
-from hiprune.v1 import pruner_service_pb2 as pb
-from services.gateway.chat import METHODS, ChatRequest
+from hiprune.policies import CACHE_WORDS, KIND_WORDS, METHOD_WORDS
+from hiprune.results import milliseconds
+from hiprune.v1 import llm_service_pb2
+from services.gateway.chat import ChatRequest
 
 _FINISH: Final = {
     llm_service_pb2.FINISH_REASON_STOP: "stop",
     llm_service_pb2.FINISH_REASON_LENGTH: "length",
 }
-_METHOD_WORDS: Final = {number: word for word, number in METHODS.items()}
-_KINDS: Final = {number: name.removeprefix("TOKEN_KIND_").lower() for name, number in pb.TokenKind.items()}
 
 
 class Reply:
@@ -58,7 +56,7 @@ class Reply:
             "pruning": pruning_of(report, detailed=self._detailed),
         }
         if self._detailed:
-            content["pruning"]["timings_ms"] = _milliseconds(completion.timings)
+            content["pruning"]["timings_ms"] = milliseconds(completion.timings)
         return _json(content)
 
     def opening(self, report: llm_service_pb2.PruningReport) -> bytes:
@@ -123,7 +121,7 @@ def pruning_of(report: llm_service_pb2.PruningReport, *, detailed: bool = False)
 def _image_of(media: llm_service_pb2.MediaReport, detailed: bool) -> dict[str, Any]:
     summary = media.summary
     found: dict[str, Any] = {
-        "method": _METHOD_WORDS.get(summary.policy.method),
+        "method": METHOD_WORDS.get(summary.policy.method),
         "tokens_before": summary.tokens_before,
         "tokens_requested": summary.tokens_requested,
         "tokens_kept": summary.tokens_kept,
@@ -137,11 +135,11 @@ def _image_of(media: llm_service_pb2.MediaReport, detailed: bool) -> dict[str, A
                 "grid_height": view.grid_height,
                 "grid_width": view.grid_width,
                 "kept_indices": list(view.kept_indices),
-                "kinds": [_KINDS[kind] for kind in view.kinds],
+                "kinds": [KIND_WORDS[kind] for kind in view.kinds],
             }
             for view in media.views
         ]
-        found["timings_ms"] = _milliseconds(media.timings)
+        found["timings_ms"] = milliseconds(media.timings)
     return found
 
 
@@ -152,15 +150,6 @@ def headers_of(report: llm_service_pb2.PruningReport) -> dict[str, str]:
         "x-hiprune-tokens-kept": str(sum(media.summary.tokens_kept for media in report.media)),
         "x-hiprune-cache": ", ".join(CACHE_WORDS.get(media.cache, "") for media in report.media),
     }
-
-
-def _milliseconds(timings: Iterable[encoder_service_pb2.StageTiming]) -> dict[str, float]:
-    """By stage; stages of one name add up."""
-    found: dict[str, float] = {}
-    for timing in timings:
-        spent = timing.duration.ToMicroseconds() / 1000
-        found[timing.stage] = round(found.get(timing.stage, 0.0) + spent, 3)
-    return found
 
 
 def _json(content: dict[str, Any]) -> bytes:

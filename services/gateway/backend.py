@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from hiprune import deadlines, telemetry
 from hiprune.auth import KEY_HEADER, is_private
-from hiprune.client import Line, call
+from hiprune.calls import Line, call
 from hiprune.errors import HipruneError, Unauthenticated, Unavailable, from_rpc
 from hiprune.v1 import llm_service_pb2, llm_service_pb2_grpc
 from services.gateway.settings import Settings

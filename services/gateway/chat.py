@@ -16,6 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from hiprune.errors import InvalidInput, Unsupported
+from hiprune.policies import KEEP_FORMS, METHODS, set_keep
 from hiprune.v1 import llm_service_pb2
 from hiprune.v1 import pruner_service_pb2 as pb
 
@@ -24,13 +25,6 @@ _ROLES: Final = {
     "developer": llm_service_pb2.ROLE_SYSTEM,
     "user": llm_service_pb2.ROLE_USER,
     "assistant": llm_service_pb2.ROLE_ASSISTANT,
-}
-METHODS: Final = {
-    "none": pb.METHOD_NONE,
-    "hiprune": pb.METHOD_HIPRUNE,
-    "hiprune++": pb.METHOD_HIPRUNE_PLUS_PLUS,
-    "random": pb.METHOD_RANDOM,
-    "strided": pb.METHOD_STRIDED,
 }
 _IGNORED: Final = frozenset(
     {
@@ -369,38 +363,8 @@ def _policy(pruning: Pruning) -> pb.PrunePolicy:
         text_budget=f"TEXT_BUDGET_{(pruning.text_budget or 'unspecified').upper()}",  # type: ignore[arg-type]
     )
     if pruning.keep is not None:
-        _set_keep(policy, pruning.keep)
+        try:
+            set_keep(policy, pruning.keep)
+        except ValueError as error:
+            raise InvalidInput(KEEP_FORMS, field="pruning.keep") from error
     return policy
-
-
-def _set_keep(policy: pb.PrunePolicy, keep: float | str) -> None:
-    """The budget: a share or a count. A number up to 1 is a share: JSON's 1 and 1.0 are the same number."""
-    try:
-        share: float | None
-        if isinstance(keep, str):
-            share, count = _read_keep(keep.strip())
-        else:
-            share, count = (keep, None) if keep <= 1 else (None, int(keep))
-            if count is not None and count != keep:
-                raise ValueError(f"{keep} is neither")
-    except (ValueError, ZeroDivisionError, OverflowError) as error:
-        raise InvalidInput(
-            'expected a share in (0, 1], a count from 2 on, or one written as "1/3", "33%", "65"',
-            field="pruning.keep",
-        ) from error
-    if share is not None:
-        policy.keep_ratio = share
-    elif count is not None:
-        policy.keep_count = min(count, _INT32)
-
-
-def _read_keep(text: str) -> tuple[float | None, int | None]:
-    """A share or a count of `1/3`, `0.33`, `33%` or `65`. Raises ValueError, ZeroDivisionError."""
-    if text.endswith("%"):
-        return float(text[:-1]) / 100, None
-    if "/" in text:
-        above, below = text.split("/")
-        return float(above) / float(below), None
-    if "." in text:
-        return float(text), None
-    return None, int(text)

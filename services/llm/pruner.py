@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 
 from hiprune import telemetry
-from hiprune.client import Peer
+from hiprune.calls import Peer
 from hiprune.errors import HipruneError
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2, pruner_service_pb2_grpc
 from services.llm.prompts import MediaItem

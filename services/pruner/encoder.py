@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from hiprune.calls import Peer
 from hiprune.checkpoints import Checkpoint
-from hiprune.client import Peer
 from hiprune.errors import Internal, InvalidInput, Mismatch
 from hiprune.shared_memory import Borrower, SegmentError
 from hiprune.tensors import Memory

@@ -12,8 +12,8 @@ import grpc
 from google.protobuf.message import Message
 
 from hiprune import checkpoints
+from hiprune.calls import Peer
 from hiprune.checkpoints import Checkpoint
-from hiprune.client import Peer
 from hiprune.config import ConfigError
 from hiprune.intake import ROOM, SMALL_REQUEST
 from hiprune.redis_clients import EXPECTED

@@ -18,10 +18,10 @@ from rich.console import Console
 
 from hiprune import cache_cli, tenants_cli
 from hiprune.auth import is_private
-from hiprune.client import CACHE_WORDS, Answer, Client
+from hiprune.client import Answer, Client
 from hiprune.config import EMBEDDED_MODEL, ConfigError
 from hiprune.errors import HipruneError
-from hiprune.tenants import METHODS
+from hiprune.policies import CACHE_WORDS, METHODS
 from hiprune.trust import Certificates
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
 

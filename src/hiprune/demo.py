@@ -13,9 +13,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hiprune.client import CACHE_WORDS, Answer, Client
+from hiprune.client import Answer, Client
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.overlay import draw_overlay
+from hiprune.policies import CACHE_WORDS
 from hiprune.stack import Stack
 from hiprune.v1 import encoder_service_pb2, pruner_service_pb2
 

@@ -137,7 +137,7 @@ async def run(settings: ServiceSettings, service: Service) -> None:
             # of each connection: those beyond wait at the client
             ("grpc.max_concurrent_streams", settings.max_requests + _STREAMS_BESIDE),
             ("grpc.so_reuseport", 0),
-            # clients ask whether we are there, and we whether they are: see `hiprune.client.connect`
+            # clients ask whether we are there, and we whether they are: see `hiprune.calls.connect`
             ("grpc.http2.min_ping_interval_without_data_ms", _LEAST_PING_MS),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.keepalive_time_ms", _PING_MS),
@@ -430,7 +430,7 @@ async def _abort(context: Context, error: Exception, served: telemetry.Served) -
 
 
 def _was_retried(error: BaseException | None) -> bool:
-    """Whether it is a peer's answer that no further attempt would change: see `hiprune.client`."""
+    """Whether it is a peer's answer that no further attempt would change: see `hiprune.calls`."""
     seen = set()
     while (
         error is not None and id(error) not in seen

@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from hiprune.auth import TENANT_NAME, Limits, Tenant
 from hiprune.config import ConfigError
+from hiprune.policies import METHODS
 from hiprune.v1 import pruner_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -45,13 +46,6 @@ POLL_S: Final = 1.0
 MAX_FILE_BYTES: Final = 16 * 2**20
 _KEY: Final = re.compile(r"hiprune_([0-9a-f]{16})_[A-Za-z0-9_-]{43}")
 _OTHERS: Final = stat.S_IRWXO
-
-METHODS: Final = {
-    name.removeprefix("METHOD_").lower().replace("_plus_plus", "++"): number
-    for name, number in pb.Method.items()
-    if number
-}
-"""Names of the methods, as people type them: `hiprune++`."""
 
 
 # --- keys --------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ from rich.table import Table
 
 from hiprune.auth import ANONYMOUS_TENANT
 from hiprune.config import ConfigError
-from hiprune.tenants import METHODS, TenantsFile, new_key, of_file, parse
+from hiprune.policies import METHODS
+from hiprune.tenants import TenantsFile, new_key, of_file, parse
 
 app = typer.Typer(no_args_is_help=True, help="Who may use the services: accounts, keys and limits.")
 out = Console()

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from google.protobuf.message import Message
 
+from hiprune.arrays import shown
 from hiprune.errors import InvalidInput
 from hiprune.v1 import tensor_pb2
 
@@ -96,12 +97,12 @@ def check(
     extents = tuple(message.shape)
     if len(extents) != len(shape):
         raise InvalidInput(
-            f"rank is {len(extents)} (shape {_show(extents)}), expected {len(shape)}", field=f"{field}.shape"
+            f"rank is {len(extents)} (shape {shown(extents)}), expected {len(shape)}", field=f"{field}.shape"
         )
     if any(extent < 0 for extent in extents) or any(
         want is not None and want != got for want, got in zip(shape, extents, strict=True)
     ):
-        raise InvalidInput(f"shape is {_show(extents)}, expected {_show(shape)}", field=f"{field}.shape")
+        raise InvalidInput(f"shape is {shown(extents)}, expected {shown(shape)}", field=f"{field}.shape")
     need = prod(extents) * dtype.itemsize
     payload = message.WhichOneof("payload")
     if payload is None:
@@ -109,12 +110,12 @@ def check(
     held = len(_payload(message, need, field, memory))
     if held != need:
         raise InvalidInput(
-            f"holds {held} bytes, expected {need} for shape {_show(extents)} of {name}",
+            f"holds {held} bytes, expected {need} for shape {shown(extents)} of {name}",
             field=f"{field}.{payload}",
         )
     if prod(max(extent, 1) for extent in extents) > MAX_ELEMENTS:  # 0 × 2**62 × 2 has no bytes, and strides
         raise InvalidInput(
-            f"shape is {_show(extents)}, whose extents other than 0 multiply to more than {MAX_ELEMENTS}",
+            f"shape is {shown(extents)}, whose extents other than 0 multiply to more than {MAX_ELEMENTS}",
             field=f"{field}.shape",
         )
     return dtype
@@ -201,9 +202,3 @@ def _payload(
     if memory is None:
         raise InvalidInput("lies in shared memory, expected data", field=f"{field}.shared_memory")
     return memory.read(message.shared_memory, length, field=f"{field}.shared_memory")
-
-
-def _show(shape: Sequence[int | None]) -> str:
-    """`(196, *)`: a shape for people, free extents as a star; a stranger's may have any rank."""
-    extents = ["*" if extent is None else str(extent) for extent in shape[:8]]
-    return "(" + ", ".join(extents + ["…"] * (len(shape) > 8)) + ")"

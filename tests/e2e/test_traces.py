@@ -21,7 +21,8 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from PIL import Image
 
 from hiprune import telemetry
-from hiprune.client import Client, call, connect
+from hiprune.calls import call, connect
+from hiprune.client import Client
 from hiprune.errors import InvalidInput
 from hiprune.telemetry import names
 from hiprune.v1 import (

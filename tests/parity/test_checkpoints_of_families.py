@@ -14,8 +14,9 @@ import grpc
 import pytest
 from safetensors.torch import load_file, save_file
 
+from hiprune.calls import connect
 from hiprune.checkpoints import open_checkpoint
-from hiprune.client import Client, connect
+from hiprune.client import Client
 from hiprune.errors import HipruneError, from_rpc
 from hiprune.families import families
 from hiprune.stack import Stack

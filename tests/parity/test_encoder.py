@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, CLIPModel, LlavaForConditionalGeneration
 
 from hiprune import tensors
+from hiprune.calls import connect
 from hiprune.checkpoints import locate_paired, open_checkpoint
-from hiprune.client import connect
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.errors import from_rpc
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc, media_pb2

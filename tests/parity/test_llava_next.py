@@ -13,8 +13,8 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from hiprune import tensors
 from hiprune.anyres import best_resolution, tiling
+from hiprune.calls import connect
 from hiprune.checkpoints import image_processor_settings, locate_paired, open_checkpoint, read_json
-from hiprune.client import connect
 from hiprune.config import ConfigError
 from hiprune.errors import Mismatch, from_rpc
 from hiprune.stack import Stack

@@ -12,8 +12,8 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 )
 
 from hiprune import tensors
+from hiprune.calls import connect
 from hiprune.checkpoints import image_processor_settings, open_checkpoint, read_json, text_digest
-from hiprune.client import connect
 from hiprune.errors import Mismatch, Unsupported, from_rpc
 from hiprune.stack import Stack
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc, media_pb2

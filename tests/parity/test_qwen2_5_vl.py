@@ -25,8 +25,9 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hiprune import tensors
+from hiprune.calls import connect
 from hiprune.checkpoints import CheckpointError, open_checkpoint
-from hiprune.client import Client, connect
+from hiprune.client import Client
 from hiprune.errors import InvalidInput
 from hiprune.stack import Stack
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc, media_pb2

@@ -15,8 +15,9 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 from hiprune import tensors
+from hiprune.calls import connect
 from hiprune.checkpoints import open_checkpoint
-from hiprune.client import Client, connect, question_message, video
+from hiprune.client import Client, question_message, video
 from hiprune.errors import HipruneError, from_rpc
 from hiprune.stack import Stack
 from hiprune.v1 import llm_service_pb2, llm_service_pb2_grpc, pruner_service_pb2, pruner_service_pb2_grpc

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hiprune import errors
-from hiprune.client import call, connect
+from hiprune.calls import call, connect
 from hiprune.errors import DOMAIN, Exhausted, Expired, HipruneError, Internal, InvalidInput, Unavailable
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STUBS, FOUNDATION, LIBRARY, COMMANDS = range(4)
 TIERS = {
     "v1": STUBS,
-    **dict.fromkeys(("auth", "config", "deadlines", "errors", "telemetry", "tensors"), FOUNDATION),
+    **dict.fromkeys(("arrays", "auth", "config", "deadlines", "errors", "telemetry", "tensors"), FOUNDATION),
     **dict.fromkeys(("cache_cli", "cli", "demo", "overlay", "stack", "tenants_cli"), COMMANDS),
 }
 MAX_MODULE_LINES = 450

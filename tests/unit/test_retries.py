@@ -7,7 +7,8 @@ import asyncio
 import grpc
 import pytest
 
-from hiprune.client import Client, Peer, connect
+from hiprune.calls import Peer, connect
+from hiprune.client import Client
 from hiprune.config import ServiceSettings
 from hiprune.errors import Exhausted, HipruneError, Unavailable
 from hiprune.server import RequestGate

@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from hiprune import deadlines
-from hiprune.client import call, connect
+from hiprune.calls import call, connect
 from hiprune.errors import (
     Expired,
     HipruneError,

@@ -7,9 +7,9 @@ import logging
 import grpc
 import pytest
 
-from hiprune import auth, client
+from hiprune import auth, calls
 from hiprune.auth import KEY_HEADER, PEER_HEADER, TENANT_HEADER, Caller, Rules, Tenant
-from hiprune.client import connect
+from hiprune.calls import connect
 from hiprune.config import ConfigError, ServiceSettings
 from hiprune.door import Door
 from hiprune.errors import Internal, Unauthenticated
@@ -128,7 +128,7 @@ def test_files_that_cannot_be_used_are_refused_at_the_start_by_setting(tmp_path)
 
 
 async def test_a_service_calls_with_its_new_certificate_once_it_has_one(start, tmp_path, monkeypatch):
-    monkeypatch.setattr(client, "LOOK_EVERY_S", 0)
+    monkeypatch.setattr(calls, "LOOK_EVERY_S", 0)
     old, new = Authority("old"), Authority("new")
     certificate, key, authority = old.write(tmp_path / "pruner")
     before = await start(Certificates(*old.write(tmp_path / "encoder")))
@@ -145,12 +145,12 @@ async def test_a_service_calls_with_its_new_certificate_once_it_has_one(start, t
     await peer.close()
 
 
-def peer_at(address: str, **settings: str) -> client.Peer[encoder_service_pb2_grpc.EncoderServiceStub]:
+def peer_at(address: str, **settings: str) -> calls.Peer[encoder_service_pb2_grpc.EncoderServiceStub]:
     stub = encoder_service_pb2_grpc.EncoderServiceStub
-    return client.Peer("encoder", address, stub, ServiceSettings(**settings))
+    return calls.Peer("encoder", address, stub, ServiceSettings(**settings))
 
 
-async def greet(peer: client.Peer[encoder_service_pb2_grpc.EncoderServiceStub]) -> pb.GetEncoderResponse:
+async def greet(peer: calls.Peer[encoder_service_pb2_grpc.EncoderServiceStub]) -> pb.GetEncoderResponse:
     return await peer.call(lambda stub: stub.GetEncoder, pb.GetEncoderRequest(), pb.GetEncoderResponse)
 
 
