@@ -95,7 +95,7 @@ class ProcessSettings(BaseModel):
         "text", description="text for people, or json: one object a line, with trace and span ids"
     )
 
-    @field_validator("listen")
+    @field_validator("listen", "listen_also", check_fields=False)
     @classmethod
     def _sockets_have_files(cls, listen: str) -> str:
         if listen.startswith("unix-abstract:"):
@@ -103,7 +103,7 @@ class ProcessSettings(BaseModel):
             raise ValueError("HOST:PORT or unix:PATH")
         return listen
 
-    @field_validator("listen", "metrics_listen", "otlp_endpoint")
+    @field_validator("listen", "listen_also", "metrics_listen", "otlp_endpoint", check_fields=False)
     @classmethod
     def _port_exists(cls, address: str) -> str:
         if address and not address.startswith("unix:") and int(address.rpartition(":")[2]) > 65_535:
@@ -184,6 +184,11 @@ class ServiceSettings(ProcessSettings):
     next_hop: ClassVar[str] = ""
     """The setting with the address of the service that this one calls; empty: it calls none."""
 
+    listen_also: Annotated[str, Field(pattern=r"^(unix:.+|.+:\d+)?$")] = Field(
+        "",
+        description="one more address to serve on, such as a port for clients beside a Unix socket for "
+        "services; empty: none",
+    )
     model: str = Field(str(EMBEDDED_MODEL), description="Hugging Face directory or hub id of the model")
     tenants: str = Field(
         "",
@@ -209,9 +214,10 @@ class ServiceSettings(ProcessSettings):
     @model_validator(mode="after")
     def _strangers_only_by_consent(self) -> Self:
         tells_peers = self.tls_client_auth or self.peers_only
-        if not (self.allow_anonymous or self.tenants or tells_peers or is_private(self.listen)):
+        public = [address for address in self.addresses.values() if not is_private(address)]
+        if public and not (self.allow_anonymous or self.tenants or tells_peers):
             raise ValueError(
-                f"listen is {self.listen!r}, reachable from other machines, and no tenants are configured: "
+                f"listen is {public[0]!r}, reachable from other machines, and no tenants are configured: "
                 "use a loopback address or a Unix socket, or set tenants or allow_anonymous"
             )
         return self
@@ -231,6 +237,12 @@ class ServiceSettings(ProcessSettings):
                 "or use a Unix socket"
             )
         return self
+
+    @property
+    def addresses(self) -> dict[str, str]:
+        """Where it serves, one address or two, by setting."""
+        also = {"listen_also": self.listen_also} if self.listen_also else {}
+        return {"listen": self.listen, **also}
 
     def is_known_at(self, address: str) -> bool:
         """Whether a service at an address can tell that this one calls."""

@@ -24,18 +24,18 @@ _LEGEND: Final = 40
 def draw_overlay(image: bytes, view: pruner_service_pb2.Selection) -> Image.Image:
     """An RGB picture, the longer side about 672 pixels, of one view's kept patches over its image.
 
-    The image is shown as the encoder sees a square one: scaled so that the grid covers it.
+    The image is shown as the encoder sees a square one: scaled so that the grid covers it. Below it each
+    kind's colour, name and count.
     """
-    with Image.open(BytesIO(image)) as opened:
-        upright = ImageOps.exif_transpose(opened)
-        layer = upright.convert("RGBA")
-        # on white, as the encoder sees it
-        picture = Image.new("RGB", layer.size, "white")
-        picture.paste(layer, mask=layer)
+    return _with_legend(draw_patches(image, view, _SIDE), view)
+
+
+def draw_patches(image: bytes, view: pruner_service_pb2.Selection, side: int) -> Image.Image:
+    """The same without the line below: the longer side at most `side` pixels, a whole number to a patch."""
     rows, columns = view.grid_height, view.grid_width
     # the fixed-grid encoders take the centre crop whose shape is the grid's
-    picture = _centre_crop(picture, columns / rows)
-    cell = max(1, _SIDE // max(rows, columns))
+    picture = _centre_crop(open_upright(image), columns / rows)
+    cell = max(1, side // max(rows, columns))
     size = (columns * cell, rows * cell)
     bright = picture.resize(size, Image.Resampling.LANCZOS)
     canvas = Image.blend(bright, Image.new("RGB", size, "white"), 0.72)
@@ -46,7 +46,16 @@ def draw_overlay(image: bytes, view: pruner_service_pb2.Selection) -> Image.Imag
         canvas.paste(bright.crop(box), box)
         edge = (box[0], box[1], box[2] - 1, box[3] - 1)
         tint.rectangle(edge, outline=COLOURS[kind][1], width=max(1, cell // 12))
-    return _with_legend(canvas, view)
+    return canvas
+
+
+def open_upright(image: bytes) -> Image.Image:
+    """An encoded image as the encoder reads it: upright, RGB, on white where it is transparent."""
+    with Image.open(BytesIO(image)) as opened:
+        layer = ImageOps.exif_transpose(opened).convert("RGBA")
+    picture = Image.new("RGB", layer.size, "white")
+    picture.paste(layer, mask=layer)
+    return picture
 
 
 def _centre_crop(picture: Image.Image, aspect: float) -> Image.Image:

@@ -153,12 +153,8 @@ async def run(settings: ServiceSettings, service: Service) -> None:
     readiness = ("", *service.names)
     for name in readiness:
         await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
-    try:
-        _refuse_taken_socket(settings.listen)
-        _bind(server, settings, certificates)
-    except RuntimeError as error:
-        raise ConfigError(f"listen (--listen): got {settings.listen!r}, which cannot be bound") from error
-    _say_who_may_call(settings)
+    for name in settings.addresses:
+        _bind(server, name, settings, certificates)
     await server.start()
     door.open()
     failure = ""
@@ -176,7 +172,7 @@ async def run(settings: ServiceSettings, service: Service) -> None:
             gate.open(service.request_bytes())
             for name in readiness:
                 await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-            log.info("ready on %s", settings.listen)
+            log.info("ready on %s", " and ".join(settings.addresses.values()))
             failure = await _until_told_or_failed(waiting, service)
         log.info("draining" if starting.done() else "told to stop while loading")
         await health.leave(readiness, still_serves=starting.done() and not failure)
@@ -211,21 +207,29 @@ async def _until_told_or_failed(told: asyncio.Task[bool], service: Service) -> s
     return failing.result()
 
 
-def _bind(server: grpc.aio.Server, settings: ServiceSettings, certificates: Certificates | None) -> None:
+def _bind(
+    server: grpc.aio.Server, name: str, settings: ServiceSettings, certificates: Certificates | None
+) -> None:
     """Listens: with TLS where there is a certificate, and never on a Unix socket, which no wire leaves from.
 
-    Raises RuntimeError.
+    `name` is the setting with the address. Raises ConfigError.
     """
-    if certificates is None or not settings.tls_cert or auth.is_unix(settings.listen):
-        server.add_insecure_port(settings.listen)
-        return
-    credentials = certificates.server_credentials(require_clients=settings.tls_client_auth)
-    server.add_secure_port(settings.listen, credentials)
+    at = settings.addresses[name]
+    try:
+        _refuse_taken_socket(at)
+        if certificates is None or not settings.tls_cert or auth.is_unix(at):
+            server.add_insecure_port(at)
+        else:
+            credentials = certificates.server_credentials(require_clients=settings.tls_client_auth)
+            server.add_secure_port(at, credentials)
+    except RuntimeError as error:
+        flag = f"{name} (--{name.replace('_', '-')})"
+        raise ConfigError(f"{flag}: got {at!r}, which cannot be bound") from error
+    _say_who_may_call(settings, at)
 
 
-def _say_who_may_call(settings: ServiceSettings) -> None:
+def _say_who_may_call(settings: ServiceSettings, at: str) -> None:
     """A line in the log, and a warning for what may surprise. Raises ConfigError for what cannot be meant."""
-    at = settings.listen
     if settings.allow_anonymous:
         log.warning("allow_anonymous: anybody who reaches %s may use this service", at)
     elif settings.tenants or settings.peers_only or settings.tls_client_auth:

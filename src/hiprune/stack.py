@@ -59,9 +59,10 @@ def find_redis() -> Path | None:
 class Stack:
     """Redis, encoder, pruner and llm. `with Stack() as stack: …  # stack.address`.
 
-    The encoder and the pruner listen on Unix sockets in a private folder, the llm on 127.0.0.1.
-    `redis=False` runs with the in-process cache, `tcp` with ports of 127.0.0.1 for all. `environ` reaches
-    every service. `processes` are those that run, by name: a service's own, or what `start_replica` gave it.
+    The encoder and the pruner listen on Unix sockets in a private folder, the llm on 127.0.0.1. `redis=False`
+    runs with the in-process cache, `tcp` with ports of 127.0.0.1 for all; `also` names ports of 127.0.0.1 on
+    which encoder and pruner serve clients besides. `environ` reaches every service. `processes` are those
+    that run, by name: a service's own, or what `start_replica` gave it.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Stack:
         port: int = 0,
         redis: bool = True,
         tcp: bool = False,
+        also: Mapping[str, int] | None = None,
         environ: Mapping[str, str] | None = None,
         progress: Callable[[str], None] = lambda step: None,
     ) -> None:
@@ -97,6 +99,10 @@ class Stack:
             "HIPRUNE_LLM_LISTEN": self.address,
             "HIPRUNE_LLM_PRUNER": self.pruner_address,
             "HIPRUNE_LLM_MODEL": model,
+            **{
+                f"HIPRUNE_{name.upper()}_LISTEN_ALSO": f"127.0.0.1:{number}"
+                for name, number in (also or {}).items()
+            },
             **(
                 {f"HIPRUNE_{each.upper()}_LIMITS_REDIS_URL": self.redis_url for each in SERVICES}
                 if redis
@@ -240,6 +246,18 @@ def answers_ready(address: str) -> bool:
         return False
     finally:
         connection.close()
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody listens on a TCP port of 127.0.0.1."""
+    with socket.socket() as probe:
+        # as gRPC does: connections that are about to end do not count
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def free_port() -> int:

@@ -45,7 +45,7 @@ def test_the_commands_of_the_page_are_there() -> None:
     for command in ("tenant add", "tenant key", "tenant remove", "cache purge", "cache stats"):
         assert f"hiprune {command}" in PAGE
         group, name = command.split()
-        module = {"tenant": "tenants_cli", "cache": "cache_cli"}[group]
+        module = {"tenant": "commands/tenants", "cache": "commands/cache"}[group]
         text = (settings_tables.ROOT / "src/hiprune" / f"{module}.py").read_text("utf-8")
         assert re.search(rf'^def {name.replace("-", "_")}\(|command\("{name}"\)', text, flags=re.MULTILINE), (
             command

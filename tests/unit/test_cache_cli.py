@@ -9,8 +9,8 @@ import pytest
 import redis
 from typer.testing import CliRunner
 
-from hiprune import cache_cli
 from hiprune.cli import app
+from hiprune.commands import cache as cache_cli
 from services.pruner.cache import TokenCache
 from services.pruner.redis_store import RedisStore
 from tests import redis_servers

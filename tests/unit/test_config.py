@@ -155,6 +155,13 @@ def test_strangers_are_served_only_by_consent(kind):
         assert kind.read([f"--listen={listen}"], {}).listen == listen
 
 
+def test_strangers_are_not_let_in_by_a_second_address():
+    assert Settings.read(["--listen-also=127.0.0.1:1"], {}).listen_also == "127.0.0.1:1"
+    assert "'0.0.0.0:1', reachable" in refusal(["--listen-also=0.0.0.0:1"])
+    assert "a port up to 65535" in refusal(["--listen-also=127.0.0.1:65536"])
+    assert "HOST:PORT" in refusal(["--listen-also=unix-abstract:x:1"])
+
+
 @pytest.mark.parametrize(
     ("listen", "private"),
     [

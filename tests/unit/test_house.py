@@ -27,7 +27,9 @@ STUBS, FOUNDATION, LIBRARY, COMMANDS = range(4)
 TIERS = {
     "v1": STUBS,
     **dict.fromkeys(("arrays", "auth", "config", "deadlines", "errors", "telemetry", "tensors"), FOUNDATION),
-    **dict.fromkeys(("cache_cli", "cli", "demo", "overlay", "stack", "tenants_cli"), COMMANDS),
+    **dict.fromkeys(
+        ("checks", "cli", "commands", "demo", "load", "overlay", "reach", "sheet", "stack"), COMMANDS
+    ),
 }
 MAX_MODULE_LINES = 450
 

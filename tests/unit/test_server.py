@@ -29,6 +29,7 @@ from hiprune.errors import (
     from_rpc,
 )
 from hiprune.server import LIVENESS, RequestGate
+from hiprune.stack import free_port
 from hiprune.v1 import (
     encoder_service_pb2,
     encoder_service_pb2_grpc,
@@ -575,6 +576,19 @@ async def test_an_address_that_cannot_be_bound_is_one_line_and_code_2(process):
             lines = server.popen.stderr.read().splitlines()
             expected = f"hiprune service: listen (--listen): got {listen!r}, which cannot be bound"
             assert [line for line in lines if line.startswith("hiprune")] == [expected]
+
+
+async def test_one_more_address_is_served_besides_and_one_that_is_taken_is_named(process):
+    port = free_port()
+    server = process(f"--listen-also=127.0.0.1:{port}")
+    await server.says("starting")
+    server.go_on()
+    for address in (server.address, f"127.0.0.1:{port}"):
+        async with grpc.aio.insecure_channel(address) as channel:
+            await until(lambda channel=channel: is_ready(channel))
+    other = process(f"--listen-also=127.0.0.1:{port}", "--listen=127.0.0.1:0")
+    assert await other.end() == 2
+    assert f"listen_also (--listen-also): got '127.0.0.1:{port}', which cannot" in other.popen.stderr.read()
 
 
 async def test_with_tenants_a_socket_that_everybody_may_open_is_refused(process, tmp_path):

@@ -125,7 +125,7 @@ def test_a_link_stays_a_link(tenant, file):
 
 
 def test_two_who_add_at_once_are_both_there(tenant, file):
-    from hiprune import tenants_cli
+    from hiprune.commands import tenants as tenants_cli
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda n: tenants_cli.add(f"t{n}", file), range(8)))

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hiprune.auth import ANONYMOUS_TENANT
+from hiprune.commands.options import complete_method
 from hiprune.config import ConfigError
 from hiprune.policies import METHODS
 from hiprune.tenants import TenantsFile, new_key, of_file, parse
@@ -56,7 +57,12 @@ def add(
     max_image_bytes: Count = None,
     max_image_pixels: Count = None,
     method: Annotated[
-        str | None, typer.Option(show_default=False, help=f"default method: {', '.join(METHODS)}")
+        str | None,
+        typer.Option(
+            show_default=False,
+            help=f"default method: {', '.join(METHODS)}",
+            autocompletion=complete_method,
+        ),
     ] = None,
     keep_ratio: Annotated[
         float | None, typer.Option(show_default=False, help="default share of tokens to keep")

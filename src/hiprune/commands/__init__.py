@@ -1,0 +1,1 @@
+"""The commands of `hiprune`, a module each, thin skins over the client and the stack. See `cli`."""
