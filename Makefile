@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/ready
 VLLM_BIN := .venv-vllm/bin
 VLLM_READY := .venv-vllm/ready
-NODE := tests/node/node_modules/.package-lock.json
+NODE := tests/node/node_modules/.package-lock.json examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
 .PHONY: help demo up test test-all test-vllm fuzz soak smoke check protos tables k8s bench bench-vllm
@@ -93,6 +93,6 @@ ifneq ($(shell head -n 1 $(VLLM_READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(VLLM_READY)
 endif
 
-$(NODE): tests/node/package.json tests/node/package-lock.json
+$(NODE): %/node_modules/.package-lock.json: %/package.json %/package-lock.json
 	@command -v npm >/dev/null || { echo "make test-all needs Node.js 18 or newer, with npm; none is on PATH" >&2; exit 1; }
-	@npm --prefix tests/node ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@npm --prefix $* ci --ignore-scripts --no-audit --no-fund --loglevel=error

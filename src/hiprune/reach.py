@@ -165,9 +165,9 @@ def check_gateway(place: Place) -> Iterator[Finding]:
     finally:
         connection.close()
     if answer.status != http.client.OK:
-        yield Finding(
-            "gateway", PROBLEM, f"http://{place.address} says {answer.status}", "does it reach the llm?"
-        )
+        status = PROBLEM if place.expected else WARNING  # it may be somebody else's server
+        said = f"http://{place.address} says {answer.status}"
+        yield Finding("gateway", status, said, "is it hiprune's, and does it reach the llm?")
     else:
         yield Finding("gateway", OK, f"http://{place.address} is ready")
     if date:

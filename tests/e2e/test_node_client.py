@@ -15,7 +15,7 @@ from hiprune.v1 import pruner_service_pb2
 from tests.stacks import SAMPLES, questions
 
 pytestmark = pytest.mark.extra
-SCRIPT = Path(__file__).resolve().parents[1] / "node" / "ask.mjs"
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "node" / "ask.mjs"
 SAMPLE = questions()[0]
 
 

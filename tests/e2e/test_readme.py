@@ -35,7 +35,9 @@ def test_the_python_example_answers(stack: Stack) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert ADDRESS in program
     said = run([sys.executable, "-c", program.replace(ADDRESS, stack.address)])
-    assert re.fullmatch(r".+ \(from 65 of 196 visual tokens\)\n", said)
+    found = re.fullmatch(r".+ \(from (\d+) of (\d+) visual tokens\)\n", said)
+    assert found, said
+    assert int(found[1]) == round(int(found[2]) / 3)
 
 
 def test_the_command_line_example_answers_and_draws(stack: Stack, tmp_path: Path) -> None:
@@ -49,5 +51,5 @@ def test_the_command_line_example_answers_and_draws(stack: Stack, tmp_path: Path
 
 @pytest.mark.extra
 def test_the_node_example_answers(stack: Stack) -> None:
-    command = [stack.address if word == ADDRESS else word for word in line_with("node tests/node/ask.mjs")]
+    command = [stack.address if word == ADDRESS else word for word in line_with("node examples/node/ask.mjs")]
     assert '{"delta":' in run(command)
