@@ -5,64 +5,100 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hiprune.client import Answer, Client
+from hiprune.client import Client
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.overlay import draw_overlay
-from hiprune.policies import CACHE_WORDS
+from hiprune.policies import policy
+from hiprune.results import Answer, milliseconds
 from hiprune.stack import Stack
-from hiprune.v1 import encoder_service_pb2, pruner_service_pb2
 
 SAMPLES: Final = EMBEDDED_MODEL.parents[1] / "samples"
-_METHODS: Final = {
-    "none": pruner_service_pb2.METHOD_NONE,
-    "hiprune": pruner_service_pb2.METHOD_HIPRUNE,
-    "hiprune++": pruner_service_pb2.METHOD_HIPRUNE_PLUS_PLUS,
-}
+_METHODS: Final = ("none", "hiprune", "hiprune++")
 
 
-def run_demo(console: Console, folder: Path) -> None:
-    """Starts the stack, asks, prints, draws and stops. Raises StackError."""
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One question, and its answer by one method."""
+
+    sample: dict[str, str]
+    method: str
+    answer: Answer
+
+    @property
+    def image(self) -> bytes:
+        """The encoded image."""
+        return (SAMPLES / self.sample["image"]).read_bytes()
+
+    def content(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "image": self.sample["image"],
+            "question": self.sample["question"],
+            "truth": self.sample["truth"],
+            "answer": self.answer.text,
+            "first_text_s": round(self.answer.first_text_s, 6),
+            "total_s": round(self.answer.total_s, 6),
+            **self.answer.media[0].as_json(),
+        }
+
+
+def run_demo(console: Console, folder: Path, *, quiet: bool = False) -> dict[str, Any]:
+    """Starts the stack, asks, draws and stops; prints unless `quiet`. What came of it, for `--json`.
+
+    Raises StackError and HipruneError.
+    """
     started = time.perf_counter()
-    with console.status("starting") as status:
-        stack = Stack(progress=status.update)
-        with stack:
-            status.update("asking")
-            ready = time.perf_counter() - started
-            tables, image, kept = asyncio.run(_ask_all(stack.address))
+    with Console(stderr=True).status("starting") as status, Stack(progress=status.update) as stack:
+        status.update("asking")
+        ready = time.perf_counter() - started
+        asked = asyncio.run(_ask_all(stack.address))
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "overlay.png"
-    draw_overlay(image, kept).save(picture)
+    draw_overlay(asked[-1].image, asked[-1].answer.media[0].views[0].selection).save(picture)
+    if not quiet:
+        _show(console, asked)
+        console.print(f"kept patches drawn in [bold]{picture}[/bold]")
+        console.print(
+            f"[dim]ready after {ready:.1f} s, all after {time.perf_counter() - started:.1f} s[/dim]"
+        )
+    return {
+        "overlay": str(picture),
+        "ready_s": round(ready, 3),
+        "answers": [each.content() for each in asked],
+    }
+
+
+async def _ask_all(address: str) -> list[Asked]:
+    """Each question with each method."""
+    async with Client(address) as client:
+        found = []
+        for sample in _samples():
+            for method in _METHODS:
+                asked = Asked(sample, method, Answer())
+                answer = await client.ask(sample["question"], asked.image, policy=policy(method))
+                found.append(replace(asked, answer=answer))
+    return found
+
+
+def _show(console: Console, asked: Sequence[Asked]) -> None:
+    """A table a question."""
     console.print("The same questions, with all visual tokens and with a third of them", style="bold")
-    for table in tables:
+    for number in range(0, len(asked), len(_METHODS)):
+        sample = asked[number].sample
+        table = _table(f"{sample['image']}: {sample['question']} ({sample['truth']})")
+        for each in asked[number : number + len(_METHODS)]:
+            table.add_row(*_row(each))
         console.print(table)
     console.print("[dim]milliseconds; first: until the first word; a stage the cache saved is blank[/dim]")
-    console.print(f"kept patches drawn in [bold]{picture}[/bold]")
-    console.print(f"[dim]ready after {ready:.1f} s, all after {time.perf_counter() - started:.1f} s[/dim]")
-
-
-async def _ask_all(address: str) -> tuple[list[Table], bytes, pruner_service_pb2.Selection]:
-    """A table a question, and an image with what HIPRUNE_PLUS_PLUS kept of it."""
-    tables = []
-    image, kept = b"", pruner_service_pb2.Selection()
-    async with Client(address) as client:
-        for sample in _samples():
-            image = (SAMPLES / sample["image"]).read_bytes()
-            table = _table(f"{sample['image']}: {sample['question']} ({sample['truth']})")
-            for name, method in _METHODS.items():
-                policy = pruner_service_pb2.PrunePolicy(method=method)
-                answer = await client.ask(sample["question"], image, policy=policy)
-                table.add_row(*_row(sample, name, answer))
-                kept = answer.report.media[0].views[0]
-            tables.append(table)
-    return tables, image, kept
 
 
 def _table(title: str) -> Table:
@@ -87,31 +123,27 @@ def _samples() -> list[dict[str, str]]:
     return list(chosen.values())
 
 
-def _row(sample: dict[str, str], method: str, answer: Answer) -> list[str]:
-    report = answer.report.media[0]
-    before = _milliseconds(report.timings)
-    after = _milliseconds(answer.completion.timings)
+def _row(asked: Asked) -> list[str]:
+    answer = asked.answer
+    (pruned,) = answer.media
+    after = milliseconds(answer.completion.timings)
     text = answer.text.strip()
-    mark = "[green]✓[/green]" if text == sample["truth"] else "[red]✗[/red]"
+    mark = "[green]✓[/green]" if text == asked.sample["truth"] else "[red]✗[/red]"
     return [
-        method,
+        asked.method,
         f"{text} {mark}",
-        f"{report.summary.tokens_before}→{report.summary.tokens_kept}",
-        CACHE_WORDS[report.cache].removesuffix(" hit"),
-        _shown(before, "encode"),
-        _shown(before, "select"),
+        f"{pruned.tokens_before}→{pruned.tokens_kept}",
+        pruned.cache.removesuffix(" hit"),
+        _shown(pruned.timings_ms, "encode"),
+        _shown(pruned.timings_ms, "select"),
         _shown(after, "prefill"),
         f"{answer.first_text_s * 1000:.0f}",
         f"{answer.total_s * 1000:.0f}",
     ]
 
 
-def _shown(stages: dict[str, float], name: str) -> str:
+def _shown(stages: Mapping[str, float], name: str) -> str:
     """A stage's milliseconds; nothing when it did not run."""
     if name not in stages:
         return ""
     return f"{stages[name]:.0f}" if stages[name] >= 1 else f"{stages[name]:.1f}"
-
-
-def _milliseconds(timings: Iterable[encoder_service_pb2.StageTiming]) -> dict[str, float]:
-    return {timing.stage: timing.duration.ToMicroseconds() / 1000 for timing in timings}

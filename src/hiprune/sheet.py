@@ -161,7 +161,9 @@ def _caption(pen: ImageDraw.ImageDraw, tile: Tile, at: tuple[int, int], width: i
 def _legend(tiles: Mapping[tuple[str, str], Tile]) -> list[tuple[str, str, str]]:
     """Colour, name and meaning of what is on the sheet."""
     there = {kind for tile in tiles.values() for kind in tile.view.kinds}
-    found = [(colour, name, _MEANINGS[name]) for kind, (name, colour) in COLOURS.items() if kind in there]
+    found = [
+        (colour, name, _MEANINGS.get(name, "")) for kind, (name, colour) in COLOURS.items() if kind in there
+    ]
     if any(tile.agrees is False for tile in tiles.values()):
         found.append((_OTHER, "other:", "not what all tokens answer"))
     return found

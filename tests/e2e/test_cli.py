@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from hiprune import load, policy, sampling
 from hiprune.cli import app
 from hiprune.stack import Stack
 from tests.stacks import SAMPLES, questions
@@ -133,6 +135,24 @@ def test_bench_counts_what_is_refused_by_reason_and_ends_with_1_where_nothing_wa
 def test_bench_stops_when_its_time_is_up(run):
     content = json.loads(run("bench", PICTURE, "--question", "?", "--seconds", "0.5", "--json").stdout)
     assert 0.4 < content["seconds"] < 5
+
+
+async def test_a_load_that_is_cancelled_gives_what_it_has(client):
+    enough = asyncio.Event()
+    plan = load.Plan(
+        question=SAMPLE["question"],
+        images=[Path(PICTURE).read_bytes()],  # noqa: ASYNC240
+        policies={"hiprune": policy("hiprune")},
+        sampling=sampling(max_tokens=2),
+        concurrency=2,
+        requests=None,
+    )
+    running = asyncio.create_task(load.run_load(client, plan, enough.set))
+    async with asyncio.timeout(60):
+        await enough.wait()
+        running.cancel()
+        result = await running
+    assert result.content()["policies"]["hiprune"]["answers"] >= 1
 
 
 def test_the_doctor_finds_the_services_well_and_of_one_model(run):

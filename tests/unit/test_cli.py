@@ -93,6 +93,23 @@ def test_a_service_that_is_away_ends_it_with_1_in_words_or_as_json(arguments, tm
     assert not list(tmp_path.iterdir())
 
 
+def test_the_other_commands_fail_as_json_too(tmp_path):
+    file = str(tmp_path / "tenants.yaml")
+    made = run("tenant", "add", "acme", "--file", file, "--json")
+    assert set(json.loads(made.stdout)) == {"tenant", "key"}
+    for arguments, reason in (
+        (("tenant", "add", "acme", "--file", file), "TENANTS_FILE"),
+        (("tenant", "key", "nobody", "--file", file), "TENANTS_FILE"),
+        (("cache", "stats", "--redis-url", "redis://:secret@127.0.0.1:1"), "REDIS_UNREACHABLE"),
+        (("export-lm", file, str(tmp_path / "lm")), "EXPORT_FAILED"),
+    ):
+        said = run(*arguments, "--json")
+        assert (said.exit_code, said.stdout) == (1, "")
+        error = json.loads(said.stderr)["error"]
+        assert error["reason"] == reason
+        assert "secret" not in error["message"]
+
+
 def test_a_key_on_its_way_in_the_clear_is_warned_of():
     asked = ["ask", PICTURE, "?", "--address", "192.0.2.1:1", "--timeout", "0.01"]
     assert "unencrypted" in run(*asked, HIPRUNE_KEY="secret").stderr

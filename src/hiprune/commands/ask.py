@@ -93,15 +93,17 @@ async def _stream(
     *,
     quiet: bool,
 ) -> Answer:
-    """The answer, printed as it comes."""
-    async with connection.client() as client:
-        answer = await client.ask(
-            question,
-            image,
-            policy=policy,
-            sampling=sampling,
-            on_delta=None if quiet else lambda text: print(text, end="", flush=True),
-        )
+    """The answer, printed as it comes; until then, where somebody watches, that it is waited for."""
+    waiting = err.status("waiting for the first word")
+
+    def show(text: str) -> None:
+        waiting.stop()
+        if not quiet:
+            print(text, end="", flush=True)
+
+    with waiting:
+        async with connection.client() as client:
+            answer = await client.ask(question, image, policy=policy, sampling=sampling, on_delta=show)
     if not quiet:
         print()
     return answer

@@ -7,14 +7,15 @@ Prints no key and no secret. What a pruner caches in its own process ends with t
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
+
+from hiprune.commands import options
+from hiprune.commands.options import AsJson, err, out
 
 if TYPE_CHECKING:
     from hiprune.redis_clients import RedisClient
@@ -28,8 +29,6 @@ app = typer.Typer(
     help="Counts and forgets cached images in the Redis that pruners share. A cache in a pruner's own "
     "process ends with the process.",
 )
-out = Console()
-err = Console(stderr=True)
 
 RedisUrl = Annotated[
     str,
@@ -43,7 +42,6 @@ Secret = Annotated[
         help="the pruners' cache_secret; better in the variable",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 @dataclass(slots=True)
@@ -87,7 +85,7 @@ def stats(
     tally = _run(redis_url, _prefix_of(tenant, cache_secret), remove=False, quiet=as_json)
     if as_json:
         who = {"tenants": len(tally.prefixes)} if tenant is None else {"tenant": tenant}
-        print(json.dumps({**who, **tally.content()}))
+        options.print_json({**who, **tally.content()})
     else:
         who_says = f"{len(tally.prefixes)} tenants" if tenant is None else tenant
         out.print(f"{who_says}: {tally.words()}", markup=False, highlight=False)
@@ -104,7 +102,7 @@ def purge(
     """Forgets all that one tenant has in the cache. What a pruner is writing meanwhile may stay."""
     tally = _run(redis_url, _prefix_of(tenant, cache_secret), remove=True, quiet=as_json)
     if as_json:
-        print(json.dumps({"tenant": tenant, "purged": tally.content()}))
+        options.print_json({"tenant": tenant, "purged": tally.content()})
     else:
         out.print(f"{tenant}: forgot {tally.words()}", markup=False, highlight=False)
         _explain_nothing(tenant, tally)
@@ -148,7 +146,11 @@ def _run(redis_url: str, prefix: bytes, *, remove: bool, quiet: bool) -> Tally:
 
             return asyncio.run(_walk(redis_url, prefix, remove=remove, progress=show))
     except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
-        err.print(f"error: Redis: {error or type(error).__name__}", style="red", markup=False)
+        said = f"Redis: {str(error) or type(error).__name__}"
+        if quiet:
+            options.print_error(said, reason="REDIS_UNREACHABLE")
+        else:
+            err.print(f"error: {said}", style="red", markup=False)
         raise typer.Exit(1) from None
 
 

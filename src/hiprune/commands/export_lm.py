@@ -23,7 +23,7 @@ def export_lm(
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     try:
-        with Progress(*columns, console=err) as bar:
+        with Progress(*columns, console=err, disable=as_json) as bar:
             task = bar.add_task("copying")
             made = export_language_model(
                 source, target, lambda done, total: bar.update(task, completed=done, total=total)

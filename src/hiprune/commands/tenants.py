@@ -6,7 +6,6 @@ no service ever sees half of it.
 
 from __future__ import annotations
 
-import json
 import os
 import stat
 import tempfile
@@ -18,19 +17,16 @@ from typing import Annotated, Any, Final
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 from rich.table import Table
 
 from hiprune.auth import ANONYMOUS_TENANT
-from hiprune.commands.options import complete_method
+from hiprune.commands import options
+from hiprune.commands.options import AsJson, complete_method, err, out
 from hiprune.config import ConfigError
 from hiprune.policies import METHODS
 from hiprune.tenants import TenantsFile, new_key, of_file, parse
 
 app = typer.Typer(no_args_is_help=True, help="Who may use the services: accounts, keys and limits.")
-out = Console()
-err = Console(stderr=True)
-
 _HEADER: Final = """\
 # The tenants of hiprune. Written by `hiprune tenant`, which keeps what stands here but for comments.
 # Keys are here as salted hashes alone: a key that is lost is removed, and another one made.
@@ -70,6 +66,7 @@ def add(
     keep_count: Annotated[
         int | None, typer.Option(show_default=False, help="default number of tokens to keep")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Adds a tenant and prints its first key. `anonymous` gets none: it bounds callers that bring none."""
     limits = {
@@ -92,21 +89,26 @@ def add(
             "policy": {name: value for name, value in policy.items() if value is not None},
         }
 
-    _change(file, change)
-    if not keyless:
+    _change(file, change, as_json=as_json)
+    if as_json:
+        options.print_json({"tenant": name, "key": "" if keyless else key})
+    elif not keyless:
         _show(key)
 
 
 @app.command()
-def key(name: Name, file: File = Path("tenants.yaml")) -> None:
+def key(name: Name, file: File = Path("tenants.yaml"), as_json: AsJson = False) -> None:
     """Makes another key for a tenant: give it out, then remove the old one."""
     made, entry = new_key(_today())
 
     def change(tenants: Data) -> None:
         _of(tenants, name).setdefault("keys", []).append(entry.model_dump())
 
-    _change(file, change)
-    _show(made)
+    _change(file, change, as_json=as_json)
+    if as_json:
+        options.print_json({"tenant": name, "key": made})
+    else:
+        _show(made)
 
 
 @app.command()
@@ -116,6 +118,7 @@ def remove(
     key_id: Annotated[
         str | None, typer.Option("--key", help="id of the one key to remove, as `list` shows it")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Removes a tenant, or one key of it. Services that run refuse it from about a second later on."""
 
@@ -129,19 +132,21 @@ def remove(
             raise ConfigError(f"{name!r} has no key {key_id!r}")
         tenant["keys"] = kept
 
-    _change(file, change)
+    _change(file, change, as_json=as_json)
+    if as_json:
+        options.print_json({"tenant": name, "removed": "tenant" if key_id is None else key_id})
 
 
 @app.command(name="list")
 def list_(
     file: File = Path("tenants.yaml"),
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Shows tenants, ids of their keys, limits and default policies."""
     try:
         content = parse(file.read_text("utf-8"), str(file))
     except (OSError, UnicodeDecodeError, ConfigError, ImportError) as error:
-        raise _failure(error) from error
+        raise _failure(error, as_json=as_json) from error
     shown = {
         name: {
             "keys": {each.id: each.created.isoformat() if each.created else "" for each in entry.keys},
@@ -151,7 +156,7 @@ def list_(
         for name, entry in content.tenants.items()
     }
     if as_json:
-        print(json.dumps(shown))
+        options.print_json(shown)
         return
     table = Table(box=None)
     for heading in ("tenant", "keys", "limits", "default policy"):
@@ -169,7 +174,7 @@ def list_(
 # --- the file ----------------------------------------------------------------------------------------------
 
 
-def _change(file: Path, change: Callable[[Data], None]) -> None:
+def _change(file: Path, change: Callable[[Data], None], *, as_json: bool = False) -> None:
     """Changes the file, alone and at once. Ends the command for what is wrong, and then changes nothing."""
     path = file.resolve()  # a link stays one
     try:
@@ -180,7 +185,7 @@ def _change(file: Path, change: Callable[[Data], None]) -> None:
             change(tenants)
             _write(path, _checked(tenants), before)
     except (OSError, UnicodeDecodeError, ConfigError, ImportError) as error:
-        raise _failure(error) from error
+        raise _failure(error, as_json=as_json) from error
 
 
 def _checked(tenants: Data) -> Data:
@@ -248,12 +253,15 @@ def _show(made: str) -> None:
     err.print("This key is shown now and never again; clients take it as HIPRUNE_KEY.", style="dim")
 
 
-def _failure(error: Exception) -> typer.Exit:
+def _failure(error: Exception, *, as_json: bool) -> typer.Exit:
     if isinstance(error, ImportError):
         error = ConfigError(
             "tenants need PyYAML: install hiprune with the extra of a service, as hiprune[llm]"
         )
-    err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+    if as_json:
+        options.print_error(str(error), reason="TENANTS_FILE")
+    else:
+        err.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
     return typer.Exit(1)
 
 

@@ -12,7 +12,8 @@ from typing import Annotated
 
 import typer
 
-from hiprune.commands.options import err, out
+from hiprune.commands import options
+from hiprune.commands.options import AsJson, err, out
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.errors import HipruneError
 
@@ -65,6 +66,7 @@ def up(
 
 def demo(
     folder: Annotated[Path, typer.Option(help="where the overlay picture goes")] = Path("out"),
+    as_json: AsJson = False,
 ) -> None:
     """Starts everything, asks the sample questions with three methods, and stops it again."""
     from hiprune.demo import run_demo
@@ -72,10 +74,17 @@ def demo(
 
     _leave_in_order()
     try:
-        run_demo(out, folder)
-    except (StackError, HipruneError) as error:
-        err.print(f"error: {error}", style="red", markup=False)
+        content = run_demo(out, folder, quiet=as_json)
+    except HipruneError as error:
+        options.fail(error, as_json=as_json)
+    except StackError as error:
+        if as_json:
+            options.print_error(str(error), reason="NOT_STARTED")
+        else:
+            err.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(1) from error
+    if as_json:
+        options.print_json(content)
 
 
 def tenants_for_all(environ: Mapping[str, str]) -> dict[str, str]:
