@@ -194,7 +194,7 @@ class Client:
         policy: pruner_service_pb2.PrunePolicy | None = None,
         question: str = "",
         text_vector: ArrayLike | None = None,
-        similarity: Sequence[ArrayLike] | None = None,
+        similarity: ArrayLike | Sequence[ArrayLike] | None = None,
         vision_digest: str = "",
         deep_layer: int | None = None,
         timeout_s: float | None = None,
@@ -203,7 +203,8 @@ class Client:
 
         At most one of these guides hiprune++: a `question`, for tokens of the pruner's own tower, whose
         `vision_digest` says so (what `encode` gave brings it along); a `text_vector` (A,), compared with
-        `aligned`, else with `features`; or a `similarity` of every token, (N,) for each view. `deep_layer`,
+        `aligned`, else with `features`; or a `similarity` of every token, (N,), of several views a list of
+        those. `deep_layer`,
         from 1 on, is by default the last one in each view's `attention`.
 
         Raises InvalidInput, before anything is sent, for an array that does not fit, and HipruneError.
@@ -230,6 +231,8 @@ class Client:
             shape: Shape = (1, None) if rank == 2 else (None,)
             request.text_vector.CopyFrom(to_wire(text_vector, name="text_vector", shape=shape))
         if similarity is not None:
+            if not isinstance(similarity, Sequence):
+                similarity = [similarity]
             if len(similarity) != len(given):
                 raise InvalidInput(f"{len(similarity)} vectors for {len(given)} views", field="similarity")
             for i, (each, view) in enumerate(zip(similarity, given, strict=True)):

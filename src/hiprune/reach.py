@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import importlib.util
+import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,30 +147,42 @@ def _advice_for(error: HipruneError) -> str:
     return "its log has the cause"
 
 
-def check_gateway(place: Place) -> Iterator[Finding]:
-    """The HTTP gateway, and its clock against ours."""
-    if auth.is_unix(place.address):
+def check_gateway(place: Place, authority: str = "") -> Iterator[Finding]:
+    """The HTTP gateway at HOST:PORT or https://HOST:PORT, and its clock against ours.
+
+    `authority` is the file of whose certificates it has; empty: those that the system takes.
+    """
+    scheme, _, host = place.address.rpartition("://")
+    url = f"{scheme or 'http'}://{host}"
+    connection: http.client.HTTPConnection
+    try:
+        if scheme == "https":
+            context = ssl.create_default_context(cafile=authority or None)
+            connection = http.client.HTTPSConnection(host, timeout=_TIMEOUT_S, context=context)
+        else:
+            connection = http.client.HTTPConnection(host, timeout=_TIMEOUT_S)
+    except (OSError, http.client.InvalidURL) as error:
+        yield Finding("gateway", PROBLEM, f"{url}: {error}", "expected HOST:PORT or https://HOST:PORT")
         return
-    connection = http.client.HTTPConnection(place.address, timeout=_TIMEOUT_S)
     try:
         connection.request("GET", "/readyz")
         answer = connection.getresponse()
         date = answer.headers.get("date")
     except (OSError, http.client.HTTPException) as error:
         if place.expected:
-            said = f"http://{place.address}: {error or type(error).__name__}"
-            yield Finding("gateway", PROBLEM, said, "is it running, and without TLS?")
+            said = f"{url}: {str(error) or type(error).__name__}"
+            yield Finding("gateway", PROBLEM, said, "is it running, and is it http or https there?")
         else:
-            yield Finding("gateway", OK, f"none at http://{place.address}, and gRPC needs none")
+            yield Finding("gateway", OK, f"none at {url}, and gRPC needs none")
         return
     finally:
         connection.close()
     if answer.status != http.client.OK:
         status = PROBLEM if place.expected else WARNING  # it may be somebody else's server
-        said = f"http://{place.address} says {answer.status}"
+        said = f"{url} says {answer.status}"
         yield Finding("gateway", status, said, "is it hiprune's, and does it reach the llm?")
     else:
-        yield Finding("gateway", OK, f"http://{place.address} is ready")
+        yield Finding("gateway", OK, f"{url} is ready")
     if date:
         yield from _clock("the gateway's", parsedate_to_datetime(date).timestamp() + 0.5)
 

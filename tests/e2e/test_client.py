@@ -86,7 +86,7 @@ async def test_anybodys_tokens_are_pruned(whole, make):
     similar = await whole.prune_tokens(
         view,
         policy=hiprune.policy("hiprune++", keep=9, object_layer=3, beta=1.0),
-        similarity=[make(cosine.astype("f4"))],
+        similarity=make(cosine.astype("f4")),
     )
     assert similar.views[0].kept_indices == kept.kept_indices
 

@@ -9,18 +9,22 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from hiprune import checks, load, sheet
+from hiprune import checks, load, reach, sheet
 from hiprune.cli import app
 from hiprune.commands import up
 from hiprune.policies import METHODS
 from hiprune.stack import free_port, is_free
 from hiprune.v1 import pruner_service_pb2 as pb
+from tests.certificates import Authority
 from tests.stacks import SAMPLES, picture
 
 PICTURE = str(SAMPLES / "scene00.png")
@@ -250,6 +254,44 @@ def test_the_doctor_reads_the_certificates(tmp_path):
     assert code == 1
     assert found["tls encoder"][0].status == "problem"
     assert str(bad) in found["tls encoder"][0].message
+
+
+def test_the_doctor_says_until_when_certificates_hold(tmp_path):
+    certificate, key, authority = Authority("ours").write(tmp_path)
+    environ = {
+        "HIPRUNE_LLM_TLS_CERT": certificate,
+        "HIPRUNE_LLM_TLS_KEY": key,
+        "HIPRUNE_LLM_TLS_CA": authority,
+    }
+    found = list(checks.check_tls(environ))
+    assert [each.status for each in found] == ["warning", "warning"]  # a day is left
+    assert all("holds until" in each.message and "renew" in each.advice for each in found)
+    (odd,) = checks.check_tls({**environ, "HIPRUNE_LLM_TLS_KEY": authority})
+    assert odd.status == "problem"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "status", "expected"),
+    [("", 200, "ok"), ("http://", 200, "ok"), ("", 503, "problem"), ("https://", 200, "problem")],
+)
+def test_the_doctor_asks_the_gateway_over_http_and_compares_clocks(scheme, status, expected):
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, *words):
+            pass
+
+        def date_time_string(self, timestamp=None):
+            return super().date_time_string(time.time() - 3600)
+
+    with HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        address = f"{scheme}127.0.0.1:{server.server_port}"
+        gateway, *clock = reach.check_gateway(reach.Place("gateway", address, expected=True))
+    assert gateway.status == expected
+    assert [(each.check, each.status) for each in clock] == ([] if "s:" in scheme else [("clock", "warning")])
 
 
 # --- up ----------------------------------------------------------------------------------------------------

@@ -32,7 +32,12 @@ def doctor(
         str, typer.Option(envvar="HIPRUNE_ENCODER_ADDRESS", help="the encoder", show_default=False)
     ] = "",
     gateway: Annotated[
-        str, typer.Option(envvar="HIPRUNE_GATEWAY_ADDRESS", help="the HTTP gateway", show_default=False)
+        str,
+        typer.Option(
+            envvar="HIPRUNE_GATEWAY_ADDRESS",
+            help="the gateway, HOST:PORT or https://HOST:PORT",
+            show_default=False,
+        ),
     ] = "",
     as_json: AsJson = False,
     key: Key = "",
@@ -52,7 +57,7 @@ def doctor(
     http = Place("gateway", gateway or _GATEWAY, bool(gateway))
     connection = Connection.of(address=places[0].address, key=key, tls=(tls_ca, tls_cert, tls_key))
     with err.status("looking"):
-        findings = _look(places, http, connection, os.environ)
+        findings = _look(places, http, connection, tls_ca, os.environ)
     count = Counter(each.status for each in findings)
     if as_json:
         options.print_json({"ok": not count["problem"], "findings": [each.content() for each in findings]})
@@ -69,7 +74,11 @@ def doctor(
 
 
 def _look(
-    places: list[Place], http: Place, connection: Connection, environ: Mapping[str, str]
+    places: list[Place],
+    http: Place,
+    connection: Connection,
+    authority: str,
+    environ: Mapping[str, str],
 ) -> list[Finding]:
     """Everything, this machine first."""
     services = reach.check_services(places, connection.credentials, connection.key)
@@ -78,7 +87,7 @@ def _look(
         *checks.check_settings(environ),
         *checks.check_tls(environ),
         *asyncio.run(services),
-        *reach.check_gateway(http),
+        *reach.check_gateway(http, authority),
         *asyncio.run(reach.check_redis(environ)),
         *checks.check_gpu(),
         *checks.check_shared_memory(environ),
