@@ -28,6 +28,8 @@ from hiprune.v1 import llm_service_pb2, pruner_service_pb2
 _PERCENTILES: Final = (50, 95, 99)
 _WORST_PAUSE_S: Final = 1.0
 """Longest wait before a client whose request was refused asks again: what is refused at once is no load."""
+_LAST_S: Final = 2.0
+"""Time for requests under way when a run is cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Plan:
     requests: int | None
     """Of each policy; None: until `seconds` are over."""
     seconds: float | None = None
+    """After which nothing more is asked; what has been asked by then still counts."""
     fresh: bool = False
     """Show each request a picture that no cache has seen; images must be PNG files (`as_png`)."""
 
@@ -120,13 +123,19 @@ async def run_load(client: Client, plan: Plan, done: Callable[[], object]) -> Re
     """Asks as planned; `done` hears of every request that has ended. A cancelled run gives what it has."""
     result = Result({name: Tally() for name in plan.policies})
     jobs = _jobs(plan)
+    over = asyncio.Event()
+    if plan.seconds is not None:
+        asyncio.get_running_loop().call_later(plan.seconds, over.set)
     begun = time.perf_counter()
-    workers = [asyncio.create_task(_work(client, plan, jobs, result, done)) for _ in range(plan.concurrency)]
+    workers = [
+        asyncio.create_task(_work(client, plan, jobs, result, over, done)) for _ in range(plan.concurrency)
+    ]
     try:
-        await asyncio.wait_for(asyncio.gather(*workers), plan.seconds)
-    except TimeoutError:
-        pass
+        # shielded: cancelled, they would be in the middle of something
+        await asyncio.shield(working := asyncio.gather(*workers))
     except asyncio.CancelledError:
+        over.set()
+        await asyncio.wait({working}, timeout=_LAST_S)
         if not any(tally.total_s for tally in result.tallies.values()):
             raise
     finally:
@@ -152,10 +161,13 @@ async def _work(
     plan: Plan,
     jobs: Iterator[tuple[str, bytes]],
     result: Result,
+    over: asyncio.Event,
     done: Callable[[], object],
 ) -> None:
     """One client: the next job as soon as the last one has ended."""
     for name, image in jobs:
+        if over.is_set():
+            return  # and others end what they have begun: without the slow ones, percentiles would flatter
         tally = result.tallies[name]
         try:
             answer = await client.ask(

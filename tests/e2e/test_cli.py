@@ -134,7 +134,7 @@ def test_bench_counts_what_is_refused_by_reason_and_ends_with_1_where_nothing_wa
 
 def test_bench_stops_when_its_time_is_up(run):
     content = json.loads(run("bench", PICTURE, "--question", "?", "--seconds", "0.5", "--json").stdout)
-    assert 0.4 < content["seconds"] < 5
+    assert 0.4 < content["seconds"] < 30
 
 
 async def test_a_load_that_is_cancelled_gives_what_it_has(client):

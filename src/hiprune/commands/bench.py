@@ -47,7 +47,7 @@ def bench(
         int | None, typer.Option(help="requests of each method; default: 50, or what --seconds leaves", min=1)
     ] = None,
     seconds: Annotated[
-        float | None, typer.Option(help="stop after so many seconds", min=0.1, show_default=False)
+        float | None, typer.Option(help="ask nothing more after so many seconds", min=0.1, show_default=False)
     ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="pictures that no cache has seen: every request encodes")
