@@ -86,6 +86,7 @@ class AnyresTower:
         with transfers.download() as fetch:
             on_host = fetch(features)
             columns = {layer: fetch(column) for layer, column in hidden.scores.items()}  # (ΣV, N) each
+            from_cls = {layer: fetch(column) for layer, column in hidden.cls_scores.items()}  # the same
             projected = [
                 fetch(self._projection(features[views.start : views.stop].flatten(0, 1)))  # (V · N, A)
                 if wanted and self._projection is not None
@@ -105,6 +106,7 @@ class AnyresTower:
                         grid=self._grid,
                         aligned=likeness,
                         valid=valid,
+                        cls_scores={layer: found[view] for layer, found in from_cls.items()},
                     )
                     for view, likeness, valid in zip(views, likenesses, (None, *tiles.valid), strict=True)
                 ]

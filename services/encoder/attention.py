@@ -190,6 +190,20 @@ def _kernel_runs(head_dim: int, dtype: torch.dtype, device: torch.device) -> boo
     return reason is None
 
 
+@torch.no_grad()
+def first_row(query: Tensor, key: Tensor, *, scaling: float) -> Tensor:
+    """What row 0, a tower's CLS, attends to: its softmax over all keys, averaged over heads.
+
+    query, key  # (B, heads, N, d), any float dtype, any strides
+    returns     # (B, N) float32; adds up to 1 for each image
+
+    One query against N keys: by a product of its own, apart from the sums over all queries.
+    """
+    # scaled after the product, as in `column_sums`
+    logits = (query[:, :, :1].float() @ key.float().mT).squeeze(2) * scaling  # (B, heads, N)
+    return logits.softmax(dim=-1).mean(dim=1)
+
+
 def eager_column_sums(query: Tensor, key: Tensor, *, scaling: float) -> Tensor:
     """`column_sums` as its definition reads, holding all (B, heads, N, N) probabilities. For tests.
 
@@ -204,6 +218,7 @@ def eager_column_sums(query: Tensor, key: Tensor, *, scaling: float) -> Tensor:
 class _Recording:
     layer_of: Mapping[nn.Module, int]
     scores: dict[int, Tensor]  # layer -> (B, N)
+    first_rows: dict[int, Tensor] | None  # layer -> (B, N); None: nobody asks
 
 
 # A context variable and not an argument, as SigLIP's attention passes no keyword arguments on; and one per
@@ -236,10 +251,13 @@ class ScoreCapture:
             module.config = config
 
     @contextmanager
-    def recording(self, layers: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    def recording(
+        self, layers: Collection[int], *, first_rows: dict[int, Tensor] | None = None
+    ) -> Iterator[dict[int, Tensor]]:
         """Scores by layer, filled by one forward that this thread runs inside the block.
 
-        yields  # {layer: (B, N) float32}; of a packed sequence (1, n), in the order of its rows
+        first_rows  # filled likewise, where given: {layer: (B, N) float32}, see `first_row`; not when packed
+        yields      # {layer: (B, N) float32}; of a packed sequence (1, n), in the order of its rows
 
         Raises `InvalidInput` for a layer that was not given at construction. Raises `Unsupported`, from the
         forward, where attention is masked: no tower here masks, and the scores would be wrong.
@@ -249,21 +267,22 @@ class ScoreCapture:
                 f"no scores for layer {min(unknown)}; available: {sorted(self._modules)}", field="layers"
             )
         scores: dict[int, Tensor] = {}
-        token = _recording.set(_Recording({self._modules[layer]: layer for layer in layers}, scores))
+        layer_of = {self._modules[layer]: layer for layer in layers}
+        token = _recording.set(_Recording(layer_of, scores, first_rows))
         try:
             yield scores
         finally:
             _recording.reset(token)
 
 
-def _recorded(module: nn.Module, attention_mask: Tensor | None) -> tuple[dict[int, Tensor], int] | None:
+def _recorded(module: nn.Module, attention_mask: Tensor | None) -> tuple[_Recording, int] | None:
     """Where this call's scores go, and under which layer; None: nobody asks. Raises Unsupported."""
     recording = _recording.get()
     if recording is None or module not in recording.layer_of:
         return None
     if attention_mask is not None:
         raise Unsupported("scores of masked attention")
-    return recording.scores, recording.layer_of[module]
+    return recording, recording.layer_of[module]
 
 
 def _dense_attention(
@@ -278,10 +297,12 @@ def _dense_attention(
 ) -> tuple[Tensor, None]:
     """SDPA, and the scores of `module` where they are asked for."""
     if (place := _recorded(module, attention_mask)) is not None:
-        scores, layer = place
+        recording, layer = place
         factor = query.shape[-1] ** -0.5 if scaling is None else scaling
         with note(layer):
-            scores[layer] = column_sums(query, key, scaling=factor)
+            recording.scores[layer] = column_sums(query, key, scaling=factor)
+            if recording.first_rows is not None:
+                recording.first_rows[layer] = first_row(query, key, scaling=factor)
     output: tuple[Tensor, None] = sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
@@ -306,10 +327,10 @@ def _packed_attention(
         queries, keys, values, cu_seq_lens_q, longest=max_length_q, scaling=scaling
     )
     if (place := _recorded(module, attention_mask)) is not None:
-        scores, layer = place
+        recording, layer = place
         with note(layer):
             sums = packed_column_sums(
                 queries, keys, cu_seq_lens_q, scaling=scaling, longest=max_length_q, log_sums=log_sums
             )
-        scores[layer] = sums.unsqueeze(0)
+        recording.scores[layer] = sums.unsqueeze(0)
     return output.unsqueeze(0), None  # (1, n, heads, d)

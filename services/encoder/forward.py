@@ -30,13 +30,25 @@ class Hidden:
 
     states: Tensor  # (B, P + N, D) in the tower's dtype; the P rows outside the grid first
     scores: Mapping[int, Tensor]  # 1-based layer → (B, N) float32
+    cls_scores: Mapping[int, Tensor]  # the same layers, attention from CLS alone; none without one
+
+    def part(self, views: slice) -> Hidden:
+        """Of some of the views."""
+        scores, from_cls = (
+            {layer: column[views] for layer, column in found.items()}
+            for found in (self.scores, self.cls_scores)
+        )
+        return Hidden(self.states[views], scores, from_cls)
 
 
 class ViewForward:
     """A tower over views of one size, up to its feature layer, with its scores on request."""
 
     def __init__(self, model: Any, *, leading: int) -> None:
-        """`model` returns `last_hidden_state` for `pixel_values`; `leading` rows P come before the grid."""
+        """`model` returns `last_hidden_state` for `pixel_values`; `leading` rows P come before the grid.
+
+        The first of them, where there are any, is the CLS.
+        """
         parameter = next(model.parameters())
         self.device: torch.device = parameter.device
         self.dtype: torch.dtype = parameter.dtype
@@ -59,8 +71,14 @@ class ViewForward:
         graph = self._graphs.get((views.shape, wanted))
         states, *columns = graph(views) if graph else self._run(views, wanted)
         # a CLS counts among the queries; its own column is dropped
-        found = zip(sorted(wanted), columns, strict=True)
-        return Hidden(states, {layer: column[:, self._leading :] for layer, column in found})
+        tokens = [column[:, self._leading :] for column in columns]
+        ordered = sorted(wanted)
+        from_cls = tokens[len(ordered) :]
+        return Hidden(
+            states,
+            dict(zip(ordered, tokens, strict=False)),  # what is left over is the CLS's
+            dict(zip(ordered, from_cls, strict=True)) if from_cls else {},
+        )
 
     @torch.inference_mode()
     def warm_up(self, shape: Sequence[int], layers: Collection[int]) -> None:
@@ -76,7 +94,12 @@ class ViewForward:
                 self._graphs[views.shape, wanted] = graph
 
     def _run(self, views: Tensor, layers: frozenset[int]) -> tuple[Tensor, ...]:
-        """Hidden states (B, P + N, D), then each layer's scores (B, P + N), layers ascending."""
-        with self._capture.recording(layers) as scores:
+        """Hidden states (B, P + N, D), each layer's scores (B, P + N), and each layer's attention from CLS.
+
+        Layers ascend; without a CLS there is none of the last.
+        """
+        from_cls: dict[int, Tensor] | None = {} if self._leading else None
+        with self._capture.recording(layers, first_rows=from_cls) as scores:
             states: Tensor = self._model(pixel_values=views).last_hidden_state
-        return states, *(scores[layer] for layer in sorted(layers))
+        ordered = sorted(layers)
+        return states, *(found[layer] for found in (scores, from_cls or {}) if found for layer in ordered)

@@ -196,7 +196,10 @@ def _describe(view: EncodedView, layers: Iterable[int], message: encoder_service
     message.grid_height, message.grid_width = view.grid
     message.frame = view.frame
     for layer in layers:
-        tensors.fill(message.attention.add(layer=layer).scores, view.scores[layer])
+        entry = message.attention.add(layer=layer)
+        tensors.fill(entry.scores, view.scores[layer])
+        if layer in view.cls_scores:
+            tensors.fill(entry.cls_scores, view.cls_scores[layer])
     if view.valid is not None:
         top, left, height, width = view.valid
         message.valid.CopyFrom(

@@ -304,7 +304,7 @@ def _check_scores(image: encoder_service_pb2.EncodeImageResponse) -> None:
     """Raises DamagedRecord for scores that no selection could use."""
     for view in image.views:
         for entry in view.attention:
-            if not records.is_finite(entry.scores):
+            if not records.is_finite(entry):
                 raise records.DamagedRecord(f"the scores of layer {entry.layer} are not finite")
 
 

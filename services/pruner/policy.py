@@ -20,7 +20,8 @@ DEFAULT_KEEP_RATIO: Final = 1 / 3
 DEFAULT_ALPHA: Final = 0.1
 DEFAULT_BETA: Final = 0.1
 
-_GUIDED: Final = frozenset({pb.METHOD_HIPRUNE, pb.METHOD_HIPRUNE_PLUS_PLUS})
+_READS_OBJECT: Final = frozenset({pb.METHOD_HIPRUNE, pb.METHOD_HIPRUNE_PLUS_PLUS})
+_READS_DEEP: Final = _READS_OBJECT | {pb.METHOD_VISIONZIP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +39,28 @@ class Policy:
     text_budget: TextBudget
     include_scores: bool
     ratio_of: Literal["media", "view"] = "media"
+    has_cls: bool = False
+    """Whether the deep layer's attention from CLS is there to be read."""
 
     @property
-    def reads_attention(self) -> bool:
-        """Whether the method looks at the encoder's scores."""
-        return self.method in _GUIDED
+    def reads_object(self) -> bool:
+        """Whether the method looks at the object layer's scores."""
+        return self.method in _READS_OBJECT
+
+    @property
+    def reads_deep(self) -> bool:
+        """Whether the method looks at the deep layer, be it at its scores or at its attention from CLS."""
+        return self.method in _READS_DEEP
+
+    @property
+    def reads_cls(self) -> bool:
+        """Whether the method looks at the deep layer's attention from CLS, and not at its scores."""
+        return self.method == pb.METHOD_VISIONZIP and self.has_cls
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the method looks at the tokens themselves."""
+        return self.method == pb.METHOD_DIVPRUNE
 
     @property
     def reads_text(self) -> bool:
@@ -98,8 +116,10 @@ class Policy:
                 fields.append(["count", self.keep_count])
             else:
                 fields.append(["ratio", repr(self.keep_ratio)])
-        if self.reads_attention:
+        if self.reads_object:
             fields += [repr(self.alpha), self.object_layer, self.deep_layer, int(self.buffer)]
+        elif self.reads_deep:
+            fields += [self.deep_layer, self.has_cls]
         if self.reads_text:
             fields += [repr(self.beta), int(self.text_budget)]
         return json.dumps(fields, separators=(",", ":")).encode()
@@ -129,6 +149,7 @@ def resolve(message: pb.PrunePolicy, facts: Facts) -> Policy:
         object_layer=facts.object_layer,
         deep_layer=facts.deep_layer,
         ratio_of=facts.ratio_of,
+        has_cls=facts.has_cls,
     )
 
 
@@ -138,8 +159,12 @@ def resolve_layers(
     object_layer: int,
     deep_layer: int,
     ratio_of: Literal["media", "view"] = "view",
+    has_cls: bool = False,
 ) -> Policy:
-    """The policy, given the default object layer and the deep layer. Raises InvalidInput (`policy.…`)."""
+    """The policy, given the default object layer and the deep layer. Raises InvalidInput (`policy.…`).
+
+    `has_cls` says that attention from CLS is recorded in the deep layer.
+    """
     method = _known(message.method, pb.Method.keys(), "policy.method") or pb.METHOD_HIPRUNE
     buffer = _known(message.buffer, pb.BufferShape.keys(), "policy.buffer") or pb.BUFFER_SHAPE_FLAT
     text_budget = (
@@ -169,6 +194,7 @@ def resolve_layers(
         text_budget=TextBudget(text_budget),
         include_scores=message.include_scores,
         ratio_of=ratio_of,
+        has_cls=has_cls,
     )
 
 

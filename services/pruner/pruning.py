@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,9 @@ from hiprune import tensors
 from hiprune.errors import InvalidInput
 from hiprune.tensors import Memory
 from hiprune.v1 import encoder_service_pb2, pruner_service_pb2
-from services.pruner import selection
+from services.pruner import methods
+from services.pruner.methods import divprune
+from services.pruner.methods.tokens import Tokens
 from services.pruner.policy import Policy
 from services.pruner.selection import Selection
 
@@ -161,8 +163,9 @@ def prune(
 ) -> Pruned:
     """Prunes checked views. `seed` is the digest behind RANDOM.
 
-    Raises InvalidInput naming `views[i].attention` when the scores that the method reads are missing or
-    unfit, and `policy.keep_count` when a view would keep nothing.
+    Raises InvalidInput naming `views[i].attention` or `views[i].features` when what the method reads is
+    missing or unfit, `policy.keep_count` when a view would keep nothing, and `policy.method` for one that
+    would take too long over so many tokens.
     """
     masks = [_valid_mask(view) for view in views]
     # tokens outside the grid are always kept, and count
@@ -171,26 +174,34 @@ def prune(
         prefix + (int(mask.sum()) if mask is not None else view.grid_height * view.grid_width)
         for view, mask in zip(views, masks, strict=True)
     ]
-    budgets = policy.keep_per_view(counts, prefix)
+    keeps = [max(1, budget - prefix) for budget in policy.keep_per_view(counts, prefix)]
+    if policy.reads_features:
+        _check_features(views, [count - prefix for count in counts], keeps)
     pruned = []
-    for number, (view, mask, budget) in enumerate(zip(views, masks, budgets, strict=True)):
-        similarity = guidance.similarities[number] if guidance.similarities is not None else None
-        object_scores = deep_scores = None
-        if policy.reads_attention:
-            object_scores = _scores(view, policy.object_layer, number)
-            deep_scores = _scores(view, policy.deep_layer, number)
-        own_seed = hashlib.sha256(seed + number.to_bytes(4, "little")).digest()
-        scores = (object_scores, deep_scores, similarity)
-        kept = _select(policy, max(1, budget - prefix), view, mask, scores, own_seed)
+    for number, (view, mask, keep) in enumerate(zip(views, masks, keeps, strict=True)):
+        tokens = Tokens(
+            count=view.grid_height * view.grid_width,
+            width=view.grid_width,
+            valid=mask,
+            object_scores=_scores(view, policy.object_layer, number) if policy.reads_object else None,
+            deep_scores=_scores(view, policy.deep_layer, number)
+            if policy.reads_deep and not policy.reads_cls
+            else None,
+            cls_scores=_scores(view, policy.deep_layer, number, "cls_scores") if policy.reads_cls else None,
+            similarity=guidance.similarities[number] if guidance.similarities is not None else None,
+            features=_features(view, number, memory) if policy.reads_features else None,
+            seed=hashlib.sha256(seed + number.to_bytes(4, "little")).digest(),
+        )
+        kept = methods.select(tokens, keep, policy)
         pruned.append(_pruned_view(view, kept, memory))
         if policy.include_scores:
-            _add_scores(pruned[-1].selection.scores, object_scores, deep_scores, similarity)
+            _add_scores(pruned[-1].selection.scores, tokens)
     summary = pruner_service_pb2.PruneSummary(
         policy=policy.to_proto(),
         tokens_before=sum(counts),
         tokens_requested=policy.requested(counts),
         tokens_kept=sum(prefix + len(view.selection.kept_indices) for view in pruned),
-        deep_layer=policy.deep_layer if policy.reads_attention else 0,
+        deep_layer=policy.deep_layer if policy.reads_deep else 0,
     )
     if policy.reads_text:
         summary.text_model = guidance.text_model
@@ -199,39 +210,6 @@ def prune(
         if guidance.similarities is not None and not chosen:
             summary.text_note = "the budget leaves no token to the question"
     return Pruned(pruned, summary)
-
-
-def _select(
-    policy: Policy,
-    keep: int,
-    view: View,
-    valid: Mask | None,
-    scores: tuple[Scores | None, Scores | None, Scores | None],
-    seed: bytes,
-) -> Selection:
-    """`keep` tokens of one view's grid by the policy's method. `scores`: object, deep, similarity."""
-    count = view.grid_height * view.grid_width
-    object_scores, deep_scores, similarity = scores
-    if policy.reads_attention and object_scores is not None and deep_scores is not None:
-        return selection.hiprune_plus_plus(
-            object_scores,
-            deep_scores,
-            similarity if policy.reads_text else None,
-            width=view.grid_width,
-            keep=keep,
-            alpha=policy.alpha,
-            beta=policy.beta,
-            buffer=policy.buffer,
-            text_budget=policy.text_budget,
-            valid=valid,
-        )
-    match policy.method:
-        case pruner_service_pb2.METHOD_RANDOM:
-            return selection.random_tokens(count, keep=keep, seed=seed, valid=valid)
-        case pruner_service_pb2.METHOD_STRIDED:
-            return selection.strided(count, keep=keep, valid=valid)
-        case _:
-            return selection.everything(count, valid=valid)
 
 
 def _valid_mask(view: View) -> Mask | None:
@@ -244,14 +222,20 @@ def _valid_mask(view: View) -> Mask | None:
     return mask.ravel()
 
 
-def _scores(view: View, layer: int, number: int) -> Scores:
+def _scores(view: View, layer: int, number: int, name: Literal["scores", "cls_scores"] = "scores") -> Scores:
     """One layer's scores (N,) of a view. Raises InvalidInput when they are missing or unfit."""
     count = view.grid_height * view.grid_width
     for place, entry in enumerate(view.attention):
         if entry.layer == layer:
-            field = f"views[{number}].attention[{place}].scores"
+            field = f"views[{number}].attention[{place}].{name}"
+            if name == "cls_scores" and not entry.HasField(name):
+                raise InvalidInput(
+                    "is missing, expected attention from CLS as in other views",
+                    field=field,
+                    reason="MISSING_FIELD",
+                )
             scores = tensors.from_proto(
-                entry.scores, field=field, shape=(count,), dtypes=(torch.float32,), finite=True
+                getattr(entry, name), field=field, shape=(count,), dtypes=(torch.float32,), finite=True
             )
             return scores.numpy()
     given = [entry.layer for entry in view.attention]
@@ -283,14 +267,45 @@ def _pruned_view(view: View, kept: Selection, memory: Memory | None) -> pruner_s
     return pruned
 
 
-def _add_scores(
-    message: pruner_service_pb2.SelectionScores,
-    object_scores: Scores | None,
-    deep_scores: Scores | None,
-    similarity: Scores | None,
-) -> None:
+def _check_features(views: Sequence[View], counts: Sequence[int], keeps: Sequence[int]) -> None:
+    """Refuses missing features, and more of them than are compared with each other in good time."""
+    for number, view in enumerate(views):
+        if not view.HasField("features"):
+            raise InvalidInput(
+                "is missing, and DIVPRUNE compares tokens by it",
+                field=f"views[{number}].features",
+                reason="MISSING_FIELD",
+            )
+    work = sum(
+        divprune.work(count, keep, view.features.shape[1])
+        for view, count, keep in zip(views, counts, keeps, strict=True)
+    )
+    if work > divprune.MAX_WORK:
+        raise InvalidInput(
+            f"DIVPRUNE compares every two of {sum(counts)} tokens, {work} multiply-adds, expected at most "
+            f"{divprune.MAX_WORK}",
+            field="policy.method",
+            reason="LIMIT_EXCEEDED",
+        )
+
+
+def _features(view: View, number: int, memory: Memory | None) -> Scores:
+    """A view's features (N, D) float32. Raises InvalidInput when they are unfit."""
+    count = view.grid_height * view.grid_width
+    rows = tensors.from_proto(
+        view.features, field=f"views[{number}].features", shape=(count, None), finite=True, memory=memory
+    )
+    return rows.float().numpy()
+
+
+def _add_scores(message: pruner_service_pb2.SelectionScores, tokens: Tokens) -> None:
     message.SetInParent()  # present, as asked for, also where no score is there to show
-    named = ((message.object, object_scores), (message.deep, deep_scores), (message.similarity, similarity))
+    named = (
+        (message.object, tokens.object_scores),
+        (message.deep, tokens.deep_scores),
+        (message.cls, tokens.cls_scores),
+        (message.similarity, tokens.similarity),
+    )
     for target, scores in named:
         if scores is not None:
             target.CopyFrom(tensors.to_proto(torch.from_numpy(np.ascontiguousarray(scores))))

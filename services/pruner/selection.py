@@ -1,4 +1,4 @@
-"""Which visual tokens of one view are kept: HiPrune, HiPrune++ and two controls.
+"""Which visual tokens of one view are kept: HiPrune, HiPrune++ and two controls; what peers share with them.
 
 Scores in, kept indices out. Every function is pure: it changes none of its arguments, reads no
 environment and no clock, and answers the same on every machine, for a view alone or among others.
@@ -45,6 +45,8 @@ class TokenKind(enum.IntEnum):
     REGISTER = 3
     TEXT = 4
     CONTROL = 5
+    DOMINANT = 6
+    DIVERSE = 7
 
 
 class BufferShape(enum.IntEnum):
@@ -113,8 +115,8 @@ def everything(n: int, *, valid: Mask | None = None) -> Selection:
     Raises InvalidInput (`features`, `valid`).
     """
     _check_count(n)
-    is_open, _ = _budget(n, n, valid)
-    return _control(np.flatnonzero(is_open))
+    is_open, _ = open_tokens(n, n, valid)
+    return of_one_kind(np.flatnonzero(is_open), TokenKind.CONTROL)
 
 
 def hiprune(
@@ -166,8 +168,8 @@ def hiprune_plus_plus(
 
     All else as `hiprune`; raises InvalidInput for `similarity`, `policy.beta` and `policy.text_budget` too.
     """
-    middle = _checked_scores(object_scores, "object_scores")
-    deep = _checked_scores(deep_scores, "deep_scores", middle.size)
+    middle = checked_scores(object_scores, "object_scores")
+    deep = checked_scores(deep_scores, "deep_scores", middle.size)
     if width < 1 or middle.size % width:
         raise InvalidInput(
             f"{width} does not divide {middle.size} tokens into rows; expected a divisor of at least 1",
@@ -179,8 +181,8 @@ def hiprune_plus_plus(
         raise InvalidInput(f"{buffer} is not a buffer shape; expected 1 to 6", field="policy.buffer")
     if text_budget not in (TextBudget.INSIDE, TextBudget.ADDITIVE):
         raise InvalidInput(f"{text_budget} is not a text budget; expected 1 or 2", field="policy.text_budget")
-    likeness = None if similarity is None else _checked_scores(similarity, "similarity", middle.size)
-    is_open, count = _budget(middle.size, keep, valid)
+    likeness = None if similarity is None else checked_scores(similarity, "similarity", middle.size)
+    is_open, count = open_tokens(middle.size, keep, valid)
 
     text = 0 if likeness is None else round(beta * count)
     first = count - text if text_budget == TextBudget.INSIDE else count
@@ -200,11 +202,11 @@ def random_tokens(n: int, *, keep: int, seed: bytes, valid: Mask | None = None) 
     seed and mask keeps a superset. Raises InvalidInput (`features`, `policy.keep_count`, `valid`).
     """
     _check_count(n)
-    is_open, count = _budget(n, keep, valid)
+    is_open, count = open_tokens(n, keep, valid)
     stream = hashlib.shake_256(b"hiprune.random_tokens.1\0" + seed).digest(8 * n)
     lots = np.frombuffer(stream, dtype="<u8")  # (N,) one lot a token, also for those in padding
     candidates = np.flatnonzero(is_open)
-    return _control(candidates[np.sort(_highest(lots[candidates], count))])
+    return of_one_kind(candidates[np.sort(highest(lots[candidates], count))], TokenKind.CONTROL)
 
 
 def strided(n: int, *, keep: int, valid: Mask | None = None) -> Selection:
@@ -216,10 +218,10 @@ def strided(n: int, *, keep: int, valid: Mask | None = None) -> Selection:
     Raises InvalidInput (`features`, `policy.keep_count`, `valid`).
     """
     _check_count(n)
-    is_open, count = _budget(n, keep, valid)
+    is_open, count = open_tokens(n, keep, valid)
     candidates = np.flatnonzero(is_open)
     positions = (2 * np.arange(count, dtype=np.int64) + 1) * candidates.size // (2 * count)
-    return _control(candidates[positions])
+    return of_one_kind(candidates[positions], TokenKind.CONTROL)
 
 
 def _take_hiprune(
@@ -269,13 +271,13 @@ def _take_highest(kinds: Kinds, is_open: Mask, scores: Scores, count: int, kind:
     `kinds` and `is_open` (N,) change in place. Returns the marked indices, in no particular order.
     """
     count = min(count, int(np.count_nonzero(is_open)))
-    taken = _highest(np.where(is_open, scores, np.float32(-np.inf)), count)
+    taken = highest(np.where(is_open, scores, np.float32(-np.inf)), count)
     kinds[taken] = kind
     is_open[taken] = False
     return taken
 
 
-def _highest(values: npt.NDArray[Any], count: int) -> Indices:
+def highest(values: npt.NDArray[Any], count: int) -> Indices:
     """The indices of the `count` highest of `values` (M,), ties to the lower index; in no order.
 
     Equal to `argsort(-values, kind="stable")[:count]` as a set, in O(M): the count-th highest value is
@@ -289,14 +291,17 @@ def _highest(values: npt.NDArray[Any], count: int) -> Indices:
     return np.concatenate((above, level)).astype(np.int64, copy=False)
 
 
-def _control(indices: npt.NDArray[np.intp]) -> Selection:
-    """A selection of ascending `indices` (K,), all of kind CONTROL."""
-    kinds = np.full(indices.size, TokenKind.CONTROL, dtype=np.int8)
+def of_one_kind(indices: npt.NDArray[np.intp], kind: TokenKind) -> Selection:
+    """A selection of ascending `indices` (K,), all of one kind."""
+    kinds = np.full(indices.size, kind, dtype=np.int8)
     return Selection(indices=indices.astype(np.int64, copy=False), kinds=kinds)
 
 
-def _budget(n: int, keep: int, valid: Mask | None) -> tuple[Mask, int]:
-    """Which of `n` tokens may be kept, (N,) bool and the caller's to change, and how many will be."""
+def open_tokens(n: int, keep: int, valid: Mask | None) -> tuple[Mask, int]:
+    """Which of `n` tokens may be kept, (N,) bool and the caller's to change, and how many will be.
+
+    Raises InvalidInput (`policy.keep_count`, `valid`).
+    """
     if keep < 1:
         raise InvalidInput(f"{keep} tokens; expected at least 1", field="policy.keep_count")
     if valid is None:
@@ -307,7 +312,7 @@ def _budget(n: int, keep: int, valid: Mask | None) -> tuple[Mask, int]:
     return mask, min(keep, int(np.count_nonzero(mask)))
 
 
-def _checked_scores(scores: Scores, field: str, n: int | None = None) -> npt.NDArray[np.float32]:
+def checked_scores(scores: Scores, field: str, n: int | None = None) -> npt.NDArray[np.float32]:
     """`scores` as float32 of shape (N,), N >= 1 and equal to `n` where given; finite, or InvalidInput."""
     given = np.asarray(scores)
     if given.dtype.kind not in "fiu":

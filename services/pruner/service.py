@@ -216,7 +216,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         aligned = self._text is not None and facts.compares == "aligned" and keeps
         cached = await self._cache.get_encoded(keys, digest)
         if cached is not None:
-            if _serves(cached, layers, aligned):
+            if self._serves(cached, layers, aligned):
                 return Encoded(cached), pruner_service_pb2.CACHE_STATUS_ENCODED_HIT
             # replaced by the union, so that two policies do not drive each other out
             layers |= {entry.layer for entry in cached.views[0].attention}
@@ -228,7 +228,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
 
         async def find() -> _Status | None:
             image = await self._cache.get_encoded(keys, digest, again=True)
-            if image is None or not _serves(image, layers, aligned):
+            if image is None or not self._serves(image, layers, aligned):
                 return None
             return Encoded(image), pruner_service_pb2.CACHE_STATUS_ENCODED_HIT
 
@@ -244,6 +244,19 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             )
         clock.extend(encoded.timings)
         return encoded, status
+
+    def _serves(
+        self, image: encoder_service_pb2.EncodeImageResponse, layers: set[int], aligned: bool
+    ) -> bool:
+        """Whether a cached image holds the scores of these layers, and `aligned` if that is wanted.
+
+        Of a tower with CLS also the attention from it, which earlier versions did not record.
+        """
+        has_cls = self._checkpoint.facts.has_cls
+        held = {
+            entry.layer for entry in image.views[0].attention if entry.HasField("cls_scores") or not has_cls
+        }
+        return layers <= held and (image.views[0].HasField("aligned") or not aligned)
 
     def _chunks(self, question: str, policy: Policy) -> Chunks:
         """The question as the text encoder reads it; none when the method reads no text or there is none.
@@ -368,12 +381,6 @@ def _cost_of(views: Sequence[encoder_service_pb2.View]) -> int:
     return 1 + min(size // 2**20, _MAX_WAITING_WORK // 2)
 
 
-def _serves(image: encoder_service_pb2.EncodeImageResponse, layers: set[int], aligned: bool) -> bool:
-    """Whether a cached image holds the scores of these layers, and `aligned` if that is wanted."""
-    held = {entry.layer for entry in image.views[0].attention}
-    return layers <= held and (image.views[0].HasField("aligned") or not aligned)
-
-
 async def _charge(summary: pruner_service_pb2.PruneSummary) -> None:
     """Counts the tokens that were kept, where this is the first service of the request. Raises Exhausted."""
     await quotas.current().reserve(summary.tokens_kept, summary.tokens_before)
@@ -403,7 +410,10 @@ def _policy_of_tokens(
     deep_layer = request.deep_layer if request.HasField("deep_layer") else layers[-1]
     if deep_layer < 1:
         raise InvalidInput(f"{deep_layer}, expected at least 1", field="deep_layer")
-    return policies.resolve_layers(policy, object_layer=min(layers[0], deep_layer), deep_layer=deep_layer)
+    entries = (entry for view in request.views for entry in view.attention)
+    has_cls = any(entry.layer == deep_layer and entry.HasField("cls_scores") for entry in entries)
+    object_layer = min(layers[0], deep_layer)
+    return policies.resolve_layers(policy, object_layer=object_layer, deep_layer=deep_layer, has_cls=has_cls)
 
 
 def _prune_tokens(views: Sequence[encoder_service_pb2.View], policy: Policy, guidance: Guidance) -> Pruned:

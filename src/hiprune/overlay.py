@@ -16,6 +16,8 @@ COLOURS: Final[dict[pruner_service_pb2.TokenKind.ValueType, tuple[str, str]]] = 
     pruner_service_pb2.TOKEN_KIND_REGISTER: ("register", "#0072B2"),
     pruner_service_pb2.TOKEN_KIND_TEXT: ("text", "#CC79A7"),
     pruner_service_pb2.TOKEN_KIND_CONTROL: ("control", "#009E73"),
+    pruner_service_pb2.TOKEN_KIND_DOMINANT: ("dominant", "#56B4E9"),
+    pruner_service_pb2.TOKEN_KIND_DIVERSE: ("diverse", "#F0E442"),
 }
 _SIDE: Final = 672
 _LEGEND: Final = 40

@@ -73,7 +73,9 @@ async def test_a_third_of_the_tokens_answers_nine_of_ten_that_the_whole_answers(
     assert right >= 0.9 * asked, f"{right} of {asked}"
 
 
-@pytest.mark.parametrize("method", ["HIPRUNE", "HIPRUNE_PLUS_PLUS", "RANDOM", "STRIDED"])
+@pytest.mark.parametrize(
+    "method", ["HIPRUNE", "HIPRUNE_PLUS_PLUS", "RANDOM", "STRIDED", "VISIONZIP", "DIVPRUNE"]
+)
 async def test_the_report_says_what_was_kept_and_the_usage_agrees(client, method):
     sample = questions()[0]
     chosen = policy(pruner_service_pb2.Method.Value(f"METHOD_{method}"), keep_count=65, include_scores=True)
@@ -90,6 +92,7 @@ async def test_the_report_says_what_was_kept_and_the_usage_agrees(client, method
     reads = method.startswith("HIPRUNE")
     assert view.scores.HasField("object") == view.scores.HasField("deep") == reads
     assert list(view.scores.object.shape) == ([total] if reads else [])
+    assert view.scores.HasField("cls") == (method == "VISIONZIP")  # the tower has a CLS
     usage = answer.completion.usage
     assert (usage.visual_tokens_before, usage.visual_tokens_after) == (total, 65)
     assert usage.prefill_flops_after < usage.prefill_flops_before
@@ -101,6 +104,8 @@ async def test_the_report_says_what_was_kept_and_the_usage_agrees(client, method
         "HIPRUNE_PLUS_PLUS": {"ANCHOR", "BUFFER", "REGISTER", "TEXT"},
         "RANDOM": {"CONTROL"},
         "STRIDED": {"CONTROL"},
+        "VISIONZIP": {"DOMINANT"},
+        "DIVPRUNE": {"DIVERSE"},
     }
     assert kinds == expected[method]
     if method == "HIPRUNE_PLUS_PLUS":

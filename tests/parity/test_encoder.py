@@ -41,17 +41,18 @@ def pixels_of(name: str) -> torch.Tensor:
 
 @torch.inference_mode()
 def reference(stock, name: str):
-    """Features (N, D) of the layer before the last, and each layer's scores (N,)."""
+    """Features (N, D) of the layer before the last, each layer's scores (N,), and its attention from CLS."""
     output = stock.model.vision_tower(
         pixel_values=pixels_of(name), output_hidden_states=True, output_attentions=True
     )
     scores = [matrix[0].sum(dim=1).mean(dim=0)[1:] for matrix in output.attentions]
-    return output.hidden_states[-2][0, 1:], scores
+    from_cls = [matrix[0, :, 0, 1:].mean(dim=0) for matrix in output.attentions]
+    return output.hidden_states[-2][0, 1:], scores, from_cls
 
 
 @pytest.mark.parametrize("name", ["scene00.png", "scene07.png"])
 def test_features_and_scores_equal_the_stock_tower(stock, tower, name):
-    features, scores = reference(stock, name)
+    features, scores, from_cls = reference(stock, name)
     with Image.open(SAMPLES / name) as image:
         item = tower.prepare(image.convert("RGB"))
     assert torch.equal(item.pixels, pixels_of(name))
@@ -59,6 +60,7 @@ def test_features_and_scores_equal_the_stock_tower(stock, tower, name):
     torch.testing.assert_close(view.features, features, rtol=1e-4, atol=1e-5)
     for layer in range(1, 8):
         torch.testing.assert_close(view.scores[layer], scores[layer - 1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(view.cls_scores[layer], from_cls[layer - 1], rtol=1e-5, atol=1e-8)
     assert view.aligned is None
 
 
@@ -119,6 +121,8 @@ async def test_the_service_answers_with_what_the_tower_gives(stack, tower):
     for entry in view.attention:
         scores = tensors.from_proto(entry.scores, field="scores", shape=(count,))
         torch.testing.assert_close(scores, expected.scores[entry.layer], rtol=1e-5, atol=0)
+        from_cls = tensors.from_proto(entry.cls_scores, field="cls_scores", shape=(count,))
+        torch.testing.assert_close(from_cls, expected.cls_scores[entry.layer], rtol=1e-5, atol=1e-8)
     aligned = tensors.from_proto(view.aligned, field="aligned", shape=(count, None))
     assert aligned.dtype == torch.float16
     assert answer.fingerprint == fingerprint

@@ -69,7 +69,8 @@ class Encoder(encoder_service_pb2_grpc.EncoderServiceServicer):
         if request.aligned:
             view.aligned.CopyFrom(half(draw.normal(size=(N, A))))
         for layer in request.layers:
-            view.attention.add(layer=layer, scores=single(draw.random(N)))
+            scores = draw.random(N)
+            view.attention.add(layer=layer, scores=single(scores), cls_scores=single(scores[::-1]))
         response = encoder_pb.EncodeImageResponse(views=[view], fingerprint=self.fingerprint)
         self.bend(response)
         return response
@@ -235,8 +236,23 @@ async def test_every_method_keeps_what_it_says_of_the_callers_features(method, a
     assert answer.summary.tokens_kept == answer.summary.tokens_requested == len(kept)
     assert answer.summary.policy.method == METHODS[method]
     assert [timing.stage for timing in answer.timings] == ["select"]
-    expected = {"ANCHOR", "BUFFER", "REGISTER"} if method.startswith("HIPRUNE") else {"CONTROL"}
-    assert set(kinds(answer)) <= expected
+    guided = {"ANCHOR", "BUFFER", "REGISTER"}
+    expected = {
+        **{"HIPRUNE": guided, "HIPRUNE_PLUS_PLUS": guided},
+        **{"VISIONZIP": {"DOMINANT"}, "DIVPRUNE": {"DIVERSE"}},
+    }
+    assert set(kinds(answer)) <= expected.get(method, {"CONTROL"})
+
+
+async def test_visionzip_takes_attention_from_cls_where_the_caller_brings_it(alone):
+    tokens = view()
+    tokens.attention[1].cls_scores.CopyFrom(single(range(16)))
+    answer = await alone.PruneTokens(request(tokens, method="VISIONZIP", keep_count=3))
+    assert indices(answer) == [13, 14, 15]
+    tokens.attention[1].ClearField("cls_scores")
+    tokens.attention[1].scores.CopyFrom(single(range(16, 0, -1)))
+    answer = await alone.PruneTokens(request(tokens, method="VISIONZIP", keep_count=3))
+    assert indices(answer) == [0, 1, 2]
 
 
 async def test_random_is_the_same_for_the_same_tokens_and_another_for_others(alone):
@@ -447,6 +463,29 @@ CASES = {
         *INVALID,
         "views[0].valid.height",
     ),
+    "DivPrune without features": (request(method="DIVPRUNE"), *MISSING, "views[0].features"),
+    "DivPrune over features that are not finite": (
+        request(view(features=half(np.full((16, 3), math.inf))), method="DIVPRUNE"),
+        *INVALID,
+        "views[0].features",
+    ),
+    "VisionZip without scores": (
+        request(view(layers=()), method="VISIONZIP"),
+        *MISSING,
+        "views[0].attention",
+    ),
+    "attention from CLS of another grid": (
+        request(
+            encoder_pb.View(
+                grid_height=1,
+                grid_width=1,
+                attention=[{"layer": 1, "scores": single([1]), "cls_scores": single([1, 2])}],
+            ),
+            method="VISIONZIP",
+        ),
+        *INVALID,
+        "views[0].attention[0].cls_scores.shape",
+    ),
     "a similarity too few": (
         plus_plus(view(), view(), similarity=pb.SimilarityScores(views=[single(range(16))])),
         *INVALID,
@@ -652,6 +691,22 @@ async def test_scores_of_another_layer_are_not_served_from_the_cache(pruner):
     one = (await pruner.PruneImage(scored(3))).media.views[0].selection
     other = (await pruner.PruneImage(scored(5))).media.views[0].selection
     assert one.scores.object.data != other.scores.object.data
+
+
+async def test_an_encoded_image_without_attention_from_cls_is_encoded_anew_and_replaced(pruner, encoder):
+    def old(response):
+        for entry in response.views[0].attention:
+            entry.ClearField("cls_scores")
+
+    encoder.bend = old
+    assert status(await pruner.PruneImage(ask(b"old"))) == "MISS"
+    encoder.bend = lambda response: None
+    zipped = ask(b"old", method=METHODS["VISIONZIP"], keep_count=20, include_scores=True)
+    answer = await pruner.PruneImage(zipped)
+    assert (status(answer), len(encoder.calls)) == ("MISS", 2)
+    assert answer.media.views[0].selection.scores.HasField("cls")
+    again = ask(b"old", method=METHODS["VISIONZIP"], keep_count=30)
+    assert status(await pruner.PruneImage(again)) == "ENCODED_HIT"
 
 
 async def test_a_control_reports_no_score_that_it_did_not_read(pruner):

@@ -183,6 +183,20 @@ def test_captured_scores_equal_output_attentions_of_an_eager_tower(tower: CLIPVi
         torch.testing.assert_close(score, expected, rtol=1e-5, atol=0)
 
 
+def test_attention_from_cls_equals_the_first_row_of_an_eager_towers(tower: CLIPVisionModel) -> None:
+    pixels = images(3)
+    attentions = clip_tower("eager")(pixels, output_attentions=True).attentions  # layers × (B, heads, N, N)
+    rows: dict[int, Tensor] = {}
+    with ScoreCapture(attention_modules(tower)).recording([2, LAYERS], first_rows=rows) as scores:
+        tower(pixels)
+    assert sorted(rows) == [2, LAYERS]
+    for layer, row in rows.items():
+        expected = attentions[layer - 1][:, :, 0].mean(dim=1)
+        assert expected.std() > 0.01
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-7)
+        assert row.argsort().tolist() != scores[layer].argsort().tolist()  # another ranking than from all
+
+
 def test_only_the_layers_asked_for_are_recorded(tower: CLIPVisionModel) -> None:
     capture = ScoreCapture(attention_modules(tower))
     with capture.recording([3]) as scores:

@@ -96,7 +96,7 @@ def test_the_report_asks_for_the_same_again(fields):
 @pytest.mark.parametrize(
     ("fields", "field", "text"),
     [
-        ({"method": 99}, "method", "99 is unknown, expected 1 to 5"),
+        ({"method": 99}, "method", "99 is unknown, expected 1 to 7"),
         ({"method": -1}, "method", "-1 is unknown"),
         ({"buffer": 7}, "buffer", "7 is unknown, expected 1 to 6"),
         ({"buffer": -7}, "buffer", "-7 is unknown"),
@@ -228,6 +228,8 @@ def meaning(policy: Policy, tokens: int | None) -> tuple[object, ...]:
         found += [count, ratio]
     if policy.method in (pb.METHOD_HIPRUNE, pb.METHOD_HIPRUNE_PLUS_PLUS):
         found += [policy.object_layer, policy.deep_layer, policy.alpha, policy.buffer]
+    if policy.method == pb.METHOD_VISIONZIP:
+        found += [policy.deep_layer, policy.has_cls]
     if policy.method == pb.METHOD_HIPRUNE_PLUS_PLUS:
         found += [policy.beta, policy.text_budget]
     return tuple(found)
@@ -254,6 +256,7 @@ def test_every_field_that_a_method_reads_changes_the_bytes_and_no_other_does(pol
         "text_budget": TextBudget.ADDITIVE,
         "include_scores": not policy.include_scores,
         "ratio_of": "view",
+        "has_cls": not policy.has_cls,
     }[field]
     assume(getattr(policy, field) is not None)  # of the two budgets, the one that is set
     changed = dataclasses.replace(policy, **{field: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 
@@ -24,6 +25,7 @@ A, B, R, T, C = (
     pruner_service_pb2.TOKEN_KIND_TEXT,
     pruner_service_pb2.TOKEN_KIND_CONTROL,
 )
+D, V = pruner_service_pb2.TOKEN_KIND_DOMINANT, pruner_service_pb2.TOKEN_KIND_DIVERSE
 SEED = bytes(32)
 
 
@@ -270,6 +272,55 @@ def test_tokens_outside_the_grid_are_kept_and_counted():
     assert [len(kept(pruned, number)) for number in range(2)] == [4, 4]
     assert (pruned.summary.tokens_before, pruned.summary.tokens_kept) == (34, 10)
     assert rows(pruned.views[1].prefix_features).tolist() == [[70, 71]]
+
+
+# --- peers ----------------------------------------------------------------------------------------
+
+
+def from_cls(tokens: View, layer: int, scores: list[float]) -> View:
+    entry = next(entry for entry in tokens.attention if entry.layer == layer)
+    entry.cls_scores.CopyFrom(f32(*scores))
+    return tokens
+
+
+def test_visionzip_reads_attention_from_cls_where_there_is_a_cls_and_the_deep_scores_where_not():
+    tokens = from_cls(worked(), 2, LIKENESS)  # highest: 3, 0, then 5 and 15 alike
+    with_cls = dataclasses.replace(policy("VISIONZIP", keep_count=3, include_scores=True), has_cls=True)
+    pruned = prune([tokens], with_cls, NO_QUESTION, seed=SEED)
+    assert kept(pruned) == [(0, D), (3, D), (5, D)]
+    shown = pruned.views[0].selection.scores
+    assert tensors.from_proto(shown.cls, field="x", shape=(16,)).tolist() == LIKENESS
+    assert [field.name for field, _ in shown.ListFields()] == ["cls"]
+    without = prune([tokens], policy("VISIONZIP", keep_count=3), NO_QUESTION, seed=SEED)
+    assert kept(without) == [(13, D), (14, D), (15, D)]
+    assert pruned.summary.deep_layer == without.summary.deep_layer == 2
+
+
+def test_attention_from_cls_that_is_missing_in_one_view_is_named():
+    views = [from_cls(worked(), 2, LIKENESS), worked()]
+    chosen = dataclasses.replace(policy("VISIONZIP", keep_count=6), has_cls=True)
+    with pytest.raises(InvalidInput) as caught:
+        prune(views, chosen, NO_QUESTION, seed=SEED)
+    assert (caught.value.field, caught.value.reason) == (
+        "views[1].attention[1].cls_scores",
+        "MISSING_FIELD",
+    )
+
+
+def test_divprune_reads_features_and_no_score():
+    # directions of (2i, 2i + 1): 0 is (0, 1), far from all; then the last, nearest to (1, 1)
+    tokens = view(4, 4, features=tensors.to_proto(FEATURES))
+    pruned = prune([tokens], policy("DIVPRUNE", keep_count=2), NO_QUESTION, seed=SEED)
+    assert kept(pruned) == [(0, V), (15, V)]
+    assert pruned.summary.deep_layer == 0
+
+
+def test_divprune_refuses_what_would_take_minutes_before_it_reads_a_number():
+    side = 512
+    huge = view(side, side, features=tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_F16, shape=[side**2, 4]))
+    with pytest.raises(InvalidInput, match="compares every two of 262144 tokens") as caught:
+        prune([huge], policy("DIVPRUNE"), NO_QUESTION, seed=SEED)
+    assert (caught.value.field, caught.value.reason) == ("policy.method", "LIMIT_EXCEEDED")
 
 
 # --- scores that do not fit -----------------------------------------------------------------------

@@ -44,6 +44,8 @@ class EncodedView:
     frame: int = 0
     valid: tuple[int, int, int, int] | None = None
     """Top, left, height, width of the part that is not padding, in tokens; None: all of it."""
+    cls_scores: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    """1-based layer → (N,) float32: attention from CLS alone; of a tower without CLS, none."""
 
 
 class Tower(Protocol):

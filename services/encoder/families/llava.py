@@ -71,6 +71,7 @@ class ClipTower:
         with transfers.download() as fetch:
             on_host = fetch(features)
             columns = {layer: fetch(column) for layer, column in hidden.scores.items()}  # (B, N) each
+            from_cls = {layer: fetch(column) for layer, column in hidden.cls_scores.items()}  # (B, N) each
             projected = {
                 number: fetch(self._projection(features[number]))  # (N, A)
                 for number, wanted in enumerate(aligned)
@@ -83,6 +84,7 @@ class ClipTower:
                     scores={layer: column[number] for layer, column in columns.items()},
                     grid=self._grid,
                     aligned=projected.get(number),
+                    cls_scores={layer: column[number] for layer, column in from_cls.items()},
                 )
             ]
             for number in range(len(items))

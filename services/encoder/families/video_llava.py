@@ -5,7 +5,7 @@ An image is one view without its CLS; a video is a view for each of 8 frames, wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -23,7 +23,7 @@ from hiprune.loading import load_module, load_part
 from hiprune.v1 import encoder_service_pb2
 from services.encoder import transfers
 from services.encoder.families import BLANK, EncodedView, Prepared
-from services.encoder.forward import ViewForward
+from services.encoder.forward import Hidden, ViewForward
 
 _PROJECTOR_PREFIXES: Final = ("multi_modal_projector.", "model.multi_modal_projector.")
 
@@ -112,19 +112,17 @@ class VideoLlavaTowers:
             start = 0
             for place in places:
                 part = slice(start, start + len(items[place].pixels))
-                own = {layer: column[part] for layer, column in hidden.scores.items()}
-                encoded[place] = self._views(hidden.states[part], own, bool(is_video), aligned[place])
+                encoded[place] = self._views(hidden.part(part), bool(is_video), aligned[place])
                 start = part.stop
         return encoded
 
-    def _views(
-        self, hidden: torch.Tensor, scores: Mapping[int, torch.Tensor], is_video: bool, aligned: bool
-    ) -> list[EncodedView]:
+    def _views(self, hidden: Hidden, is_video: bool, aligned: bool) -> list[EncodedView]:
         """The views of one media item, of its (V, 1 + N, D) features and (V, N) scores."""
         with transfers.download() as fetch:
-            on_host = fetch(hidden)
-            columns = {layer: fetch(column) for layer, column in scores.items()}
-            projected = fetch(self._aligned(hidden[:, 1:])) if aligned else None  # (V, N, H)
+            on_host = fetch(hidden.states)
+            columns = {layer: fetch(column) for layer, column in hidden.scores.items()}
+            from_cls = {layer: fetch(column) for layer, column in hidden.cls_scores.items()}
+            projected = fetch(self._aligned(hidden.states[:, 1:])) if aligned else None  # (V, N, H)
         return [
             EncodedView(
                 features=tokens[1:],
@@ -133,6 +131,7 @@ class VideoLlavaTowers:
                 aligned=None if projected is None else projected[number],
                 prefix=tokens[:1] if is_video else None,
                 frame=number,
+                cls_scores={layer: found[number] for layer, found in from_cls.items()},
             )
             for number, tokens in enumerate(on_host)
         ]

@@ -45,6 +45,8 @@ class Facts:
     """What a keep_ratio counts: a media item's tokens, shared out evenly over its views, or each view's."""
     text_keys: re.Pattern[str] | None = None
     """Matches the key of the language model's input embeddings, where questions are compared in its space."""
+    has_cls: bool = False
+    """Whether the tower has a CLS token, whose own attention is then recorded too."""
     compares: Literal["aligned", "features"] = "aligned"
     """What of a view is compared with the question: `aligned`, or `features` that are in its space."""
 

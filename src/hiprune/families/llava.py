@@ -45,4 +45,5 @@ def facts(config: Mapping[str, Any]) -> Facts:
         vision_keys=VISION_KEYS,
         paired_text_model="openai/clip-vit-large-patch14-336",
         fixed_tokens=side * side,
+        has_cls=True,
     )

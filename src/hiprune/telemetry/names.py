@@ -131,7 +131,7 @@ REASONS: Final = (
 )
 """`ErrorInfo.reason` of every error of ours; CLIENT_LEFT where nobody waits for one, OTHER for any else."""
 LEVELS: Final = ("encoded", "pruned")
-METHODS: Final = ("none", "hiprune", "hiprune_plus_plus", "random", "strided")
+METHODS: Final = ("none", "hiprune", "hiprune_plus_plus", "random", "strided", "visionzip", "divprune")
 QUEUES: Final = ("parse", "decode", "vision", "text", "prune", "slots")
 POOLS: Final = ("requests", "slots")
 

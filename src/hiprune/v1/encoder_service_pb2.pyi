@@ -264,21 +264,29 @@ class LayerAttention(_message.Message):
 
     LAYER_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
+    CLS_SCORES_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """The layer, 1-based."""
     @_builtins.property
     def scores(self) -> _tensor_pb2.Tensor:
         """Mean over heads of the sum over queries of the attention probabilities, shape (N), F32; finite, at least 0."""
 
+    @_builtins.property
+    def cls_scores(self) -> _tensor_pb2.Tensor:
+        """Mean over heads of the attention probabilities of CLS's own query, shape (N), F32; finite, at least 0.
+        Absent where the tower has no CLS.
+        """
+
     def __init__(
         self,
         *,
         layer: _builtins.int = ...,
         scores: _tensor_pb2.Tensor | None = ...,
+        cls_scores: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["scores", b"scores"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cls_scores", b"cls_scores", "scores", b"scores"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "scores", b"scores"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cls_scores", b"cls_scores", "layer", b"layer", "scores", b"scores"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

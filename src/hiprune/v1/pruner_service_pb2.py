@@ -27,49 +27,49 @@ from hiprune.v1 import media_pb2 as hiprune_dot_v1_dot_media__pb2
 from hiprune.v1 import tensor_pb2 as hiprune_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fhiprune/v1/pruner_service.proto\x12\nhiprune.v1\x1a hiprune/v1/encoder_service.proto\x1a\x16hiprune/v1/media.proto\x1a\x17hiprune/v1/tensor.proto\"\xbb\x02\n\x0bPrunePolicy\x12\"\n\x06method\x18\x01 \x01(\x0e\x32\x12.hiprune.v1.Method\x12\x14\n\nkeep_count\x18\x02 \x01(\x05H\x00\x12\x14\n\nkeep_ratio\x18\x03 \x01(\x01H\x00\x12\x12\n\x05\x61lpha\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0cobject_layer\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04\x62\x65ta\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\'\n\x06\x62uffer\x18\x07 \x01(\x0e\x32\x17.hiprune.v1.BufferShape\x12+\n\x0btext_budget\x18\x08 \x01(\x0e\x32\x16.hiprune.v1.TextBudget\x12\x16\n\x0einclude_scores\x18\t \x01(\x08\x42\x08\n\x06\x62udgetB\x08\n\x06_alphaB\x0f\n\r_object_layerB\x07\n\x05_beta\"\xd4\x01\n\tSelection\x12\x14\n\x0ckept_indices\x18\x01 \x03(\x05\x12$\n\x05kinds\x18\x02 \x03(\x0e\x32\x15.hiprune.v1.TokenKind\x12\x13\n\x0bgrid_height\x18\x03 \x01(\x05\x12\x12\n\ngrid_width\x18\x04 \x01(\x05\x12\r\n\x05\x66rame\x18\x05 \x01(\x05\x12+\n\x06scores\x18\x06 \x01(\x0b\x32\x1b.hiprune.v1.SelectionScores\x12&\n\x05valid\x18\x07 \x01(\x0b\x32\x17.hiprune.v1.ValidRegion\"\x7f\n\x0fSelectionScores\x12\"\n\x06object\x18\x01 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12 \n\x04\x64\x65\x65p\x18\x02 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12&\n\nsimilarity\x18\x03 \x01(\x0b\x32\x12.hiprune.v1.Tensor\"\xb8\x01\n\x0cPruneSummary\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.hiprune.v1.PrunePolicy\x12\x15\n\rtokens_before\x18\x02 \x01(\x05\x12\x18\n\x10tokens_requested\x18\x03 \x01(\x05\x12\x13\n\x0btokens_kept\x18\x04 \x01(\x05\x12\x12\n\ndeep_layer\x18\x05 \x01(\x05\x12\x12\n\ntext_model\x18\x06 \x01(\t\x12\x11\n\ttext_note\x18\x07 \x01(\t\"\x89\x01\n\nPrunedView\x12(\n\tselection\x18\x01 \x01(\x0b\x32\x15.hiprune.v1.Selection\x12$\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12+\n\x0fprefix_features\x18\x03 \x01(\x0b\x32\x12.hiprune.v1.Tensor\"\x9f\x01\n\x0bPrunedMedia\x12%\n\x05views\x18\x01 \x03(\x0b\x32\x16.hiprune.v1.PrunedView\x12)\n\x07summary\x18\x02 \x01(\x0b\x32\x18.hiprune.v1.PruneSummary\x12\x15\n\rvision_digest\x18\x03 \x01(\t\x12\'\n\x06layout\x18\x04 \x01(\x0b\x32\x17.hiprune.v1.MediaLayout\"\x9c\x02\n\x12PruneTokensRequest\x12\x1f\n\x05views\x18\x01 \x03(\x0b\x32\x10.hiprune.v1.View\x12\'\n\x06policy\x18\x02 \x01(\x0b\x32\x17.hiprune.v1.PrunePolicy\x12\x12\n\x08question\x18\x03 \x01(\tH\x00\x12)\n\x0btext_vector\x18\x04 \x01(\x0b\x32\x12.hiprune.v1.TensorH\x00\x12\x32\n\nsimilarity\x18\x05 \x01(\x0b\x32\x1c.hiprune.v1.SimilarityScoresH\x00\x12\x15\n\rvision_digest\x18\x06 \x01(\t\x12\x17\n\ndeep_layer\x18\x07 \x01(\x05H\x01\x88\x01\x01\x42\n\n\x08guidanceB\r\n\x0b_deep_layer\"5\n\x10SimilarityScores\x12!\n\x05views\x18\x01 \x03(\x0b\x32\x12.hiprune.v1.Tensor\"\x91\x01\n\x13PruneTokensResponse\x12%\n\x05views\x18\x01 \x03(\x0b\x32\x16.hiprune.v1.PrunedView\x12)\n\x07summary\x18\x02 \x01(\x0b\x32\x18.hiprune.v1.PruneSummary\x12(\n\x07timings\x18\x03 \x03(\x0b\x32\x17.hiprune.v1.StageTiming\"p\n\x11PruneImageRequest\x12 \n\x05media\x18\x01 \x01(\x0b\x32\x11.hiprune.v1.Media\x12\'\n\x06policy\x18\x02 \x01(\x0b\x32\x17.hiprune.v1.PrunePolicy\x12\x10\n\x08question\x18\x03 \x01(\t\"\x8e\x01\n\x12PruneImageResponse\x12&\n\x05media\x18\x01 \x01(\x0b\x32\x17.hiprune.v1.PrunedMedia\x12&\n\x05\x63\x61\x63he\x18\x02 \x01(\x0e\x32\x17.hiprune.v1.CacheStatus\x12(\n\x07timings\x18\x03 \x03(\x0b\x32\x17.hiprune.v1.StageTiming\"\x12\n\x10GetPrunerRequest\"\xb4\x01\n\x11GetPrunerResponse\x12\x31\n\x0b\x66ingerprint\x18\x01 \x01(\x0b\x32\x1c.hiprune.v1.ModelFingerprint\x12/\n\x0e\x64\x65\x66\x61ult_policy\x18\x02 \x01(\x0b\x32\x17.hiprune.v1.PrunePolicy\x12\x12\n\ndeep_layer\x18\x03 \x01(\x05\x12\x12\n\ntext_model\x18\x04 \x01(\t\x12\x13\n\x0b\x63\x61\x63he_store\x18\x05 \x01(\t*\x8a\x01\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMETHOD_NONE\x10\x01\x12\x12\n\x0eMETHOD_HIPRUNE\x10\x02\x12\x1c\n\x18METHOD_HIPRUNE_PLUS_PLUS\x10\x03\x12\x11\n\rMETHOD_RANDOM\x10\x04\x12\x12\n\x0eMETHOD_STRIDED\x10\x05*\xc1\x01\n\x0b\x42ufferShape\x12\x1c\n\x18\x42UFFER_SHAPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42UFFER_SHAPE_FLAT\x10\x01\x12\x15\n\x11\x42UFFER_SHAPE_GRID\x10\x02\x12\x17\n\x13\x42UFFER_SHAPE_SQUARE\x10\x03\x12\x1e\n\x1a\x42UFFER_SHAPE_ROTATED_CROSS\x10\x04\x12\x14\n\x10\x42UFFER_SHAPE_ROW\x10\x05\x12\x17\n\x13\x42UFFER_SHAPE_COLUMN\x10\x06*[\n\nTextBudget\x12\x1b\n\x17TEXT_BUDGET_UNSPECIFIED\x10\x00\x12\x16\n\x12TEXT_BUDGET_INSIDE\x10\x01\x12\x18\n\x14TEXT_BUDGET_ADDITIVE\x10\x02*\x9b\x01\n\tTokenKind\x12\x1a\n\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11TOKEN_KIND_ANCHOR\x10\x01\x12\x15\n\x11TOKEN_KIND_BUFFER\x10\x02\x12\x17\n\x13TOKEN_KIND_REGISTER\x10\x03\x12\x13\n\x0fTOKEN_KIND_TEXT\x10\x04\x12\x16\n\x12TOKEN_KIND_CONTROL\x10\x05*}\n\x0b\x43\x61\x63heStatus\x12\x1c\n\x18\x43\x41\x43HE_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41\x43HE_STATUS_MISS\x10\x01\x12\x1c\n\x18\x43\x41\x43HE_STATUS_ENCODED_HIT\x10\x02\x12\x1b\n\x17\x43\x41\x43HE_STATUS_PRUNED_HIT\x10\x03\x32\xf6\x01\n\rPrunerService\x12N\n\x0bPruneTokens\x12\x1e.hiprune.v1.PruneTokensRequest\x1a\x1f.hiprune.v1.PruneTokensResponse\x12K\n\nPruneImage\x12\x1d.hiprune.v1.PruneImageRequest\x1a\x1e.hiprune.v1.PruneImageResponse\x12H\n\tGetPruner\x12\x1c.hiprune.v1.GetPrunerRequest\x1a\x1d.hiprune.v1.GetPrunerResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fhiprune/v1/pruner_service.proto\x12\nhiprune.v1\x1a hiprune/v1/encoder_service.proto\x1a\x16hiprune/v1/media.proto\x1a\x17hiprune/v1/tensor.proto\"\xbb\x02\n\x0bPrunePolicy\x12\"\n\x06method\x18\x01 \x01(\x0e\x32\x12.hiprune.v1.Method\x12\x14\n\nkeep_count\x18\x02 \x01(\x05H\x00\x12\x14\n\nkeep_ratio\x18\x03 \x01(\x01H\x00\x12\x12\n\x05\x61lpha\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x19\n\x0cobject_layer\x18\x05 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04\x62\x65ta\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\'\n\x06\x62uffer\x18\x07 \x01(\x0e\x32\x17.hiprune.v1.BufferShape\x12+\n\x0btext_budget\x18\x08 \x01(\x0e\x32\x16.hiprune.v1.TextBudget\x12\x16\n\x0einclude_scores\x18\t \x01(\x08\x42\x08\n\x06\x62udgetB\x08\n\x06_alphaB\x0f\n\r_object_layerB\x07\n\x05_beta\"\xd4\x01\n\tSelection\x12\x14\n\x0ckept_indices\x18\x01 \x03(\x05\x12$\n\x05kinds\x18\x02 \x03(\x0e\x32\x15.hiprune.v1.TokenKind\x12\x13\n\x0bgrid_height\x18\x03 \x01(\x05\x12\x12\n\ngrid_width\x18\x04 \x01(\x05\x12\r\n\x05\x66rame\x18\x05 \x01(\x05\x12+\n\x06scores\x18\x06 \x01(\x0b\x32\x1b.hiprune.v1.SelectionScores\x12&\n\x05valid\x18\x07 \x01(\x0b\x32\x17.hiprune.v1.ValidRegion\"\xa0\x01\n\x0fSelectionScores\x12\"\n\x06object\x18\x01 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12 \n\x04\x64\x65\x65p\x18\x02 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12&\n\nsimilarity\x18\x03 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12\x1f\n\x03\x63ls\x18\x04 \x01(\x0b\x32\x12.hiprune.v1.Tensor\"\xb8\x01\n\x0cPruneSummary\x12\'\n\x06policy\x18\x01 \x01(\x0b\x32\x17.hiprune.v1.PrunePolicy\x12\x15\n\rtokens_before\x18\x02 \x01(\x05\x12\x18\n\x10tokens_requested\x18\x03 \x01(\x05\x12\x13\n\x0btokens_kept\x18\x04 \x01(\x05\x12\x12\n\ndeep_layer\x18\x05 \x01(\x05\x12\x12\n\ntext_model\x18\x06 \x01(\t\x12\x11\n\ttext_note\x18\x07 \x01(\t\"\x89\x01\n\nPrunedView\x12(\n\tselection\x18\x01 \x01(\x0b\x32\x15.hiprune.v1.Selection\x12$\n\x08\x66\x65\x61tures\x18\x02 \x01(\x0b\x32\x12.hiprune.v1.Tensor\x12+\n\x0fprefix_features\x18\x03 \x01(\x0b\x32\x12.hiprune.v1.Tensor\"\x9f\x01\n\x0bPrunedMedia\x12%\n\x05views\x18\x01 \x03(\x0b\x32\x16.hiprune.v1.PrunedView\x12)\n\x07summary\x18\x02 \x01(\x0b\x32\x18.hiprune.v1.PruneSummary\x12\x15\n\rvision_digest\x18\x03 \x01(\t\x12\'\n\x06layout\x18\x04 \x01(\x0b\x32\x17.hiprune.v1.MediaLayout\"\x9c\x02\n\x12PruneTokensRequest\x12\x1f\n\x05views\x18\x01 \x03(\x0b\x32\x10.hiprune.v1.View\x12\'\n\x06policy\x18\x02 \x01(\x0b\x32\x17.hiprune.v1.PrunePolicy\x12\x12\n\x08question\x18\x03 \x01(\tH\x00\x12)\n\x0btext_vector\x18\x04 \x01(\x0b\x32\x12.hiprune.v1.TensorH\x00\x12\x32\n\nsimilarity\x18\x05 \x01(\x0b\x32\x1c.hiprune.v1.SimilarityScoresH\x00\x12\x15\n\rvision_digest\x18\x06 \x01(\t\x12\x17\n\ndeep_layer\x18\x07 \x01(\x05H\x01\x88\x01\x01\x42\n\n\x08guidanceB\r\n\x0b_deep_layer\"5\n\x10SimilarityScores\x12!\n\x05views\x18\x01 \x03(\x0b\x32\x12.hiprune.v1.Tensor\"\x91\x01\n\x13PruneTokensResponse\x12%\n\x05views\x18\x01 \x03(\x0b\x32\x16.hiprune.v1.PrunedView\x12)\n\x07summary\x18\x02 \x01(\x0b\x32\x18.hiprune.v1.PruneSummary\x12(\n\x07timings\x18\x03 \x03(\x0b\x32\x17.hiprune.v1.StageTiming\"p\n\x11PruneImageRequest\x12 \n\x05media\x18\x01 \x01(\x0b\x32\x11.hiprune.v1.Media\x12\'\n\x06policy\x18\x02 \x01(\x0b\x32\x17.hiprune.v1.PrunePolicy\x12\x10\n\x08question\x18\x03 \x01(\t\"\x8e\x01\n\x12PruneImageResponse\x12&\n\x05media\x18\x01 \x01(\x0b\x32\x17.hiprune.v1.PrunedMedia\x12&\n\x05\x63\x61\x63he\x18\x02 \x01(\x0e\x32\x17.hiprune.v1.CacheStatus\x12(\n\x07timings\x18\x03 \x03(\x0b\x32\x17.hiprune.v1.StageTiming\"\x12\n\x10GetPrunerRequest\"\xb4\x01\n\x11GetPrunerResponse\x12\x31\n\x0b\x66ingerprint\x18\x01 \x01(\x0b\x32\x1c.hiprune.v1.ModelFingerprint\x12/\n\x0e\x64\x65\x66\x61ult_policy\x18\x02 \x01(\x0b\x32\x17.hiprune.v1.PrunePolicy\x12\x12\n\ndeep_layer\x18\x03 \x01(\x05\x12\x12\n\ntext_model\x18\x04 \x01(\t\x12\x13\n\x0b\x63\x61\x63he_store\x18\x05 \x01(\t*\xb5\x01\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x0f\n\x0bMETHOD_NONE\x10\x01\x12\x12\n\x0eMETHOD_HIPRUNE\x10\x02\x12\x1c\n\x18METHOD_HIPRUNE_PLUS_PLUS\x10\x03\x12\x11\n\rMETHOD_RANDOM\x10\x04\x12\x12\n\x0eMETHOD_STRIDED\x10\x05\x12\x14\n\x10METHOD_VISIONZIP\x10\x06\x12\x13\n\x0fMETHOD_DIVPRUNE\x10\x07*\xc1\x01\n\x0b\x42ufferShape\x12\x1c\n\x18\x42UFFER_SHAPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x42UFFER_SHAPE_FLAT\x10\x01\x12\x15\n\x11\x42UFFER_SHAPE_GRID\x10\x02\x12\x17\n\x13\x42UFFER_SHAPE_SQUARE\x10\x03\x12\x1e\n\x1a\x42UFFER_SHAPE_ROTATED_CROSS\x10\x04\x12\x14\n\x10\x42UFFER_SHAPE_ROW\x10\x05\x12\x17\n\x13\x42UFFER_SHAPE_COLUMN\x10\x06*[\n\nTextBudget\x12\x1b\n\x17TEXT_BUDGET_UNSPECIFIED\x10\x00\x12\x16\n\x12TEXT_BUDGET_INSIDE\x10\x01\x12\x18\n\x14TEXT_BUDGET_ADDITIVE\x10\x02*\xcc\x01\n\tTokenKind\x12\x1a\n\x16TOKEN_KIND_UNSPECIFIED\x10\x00\x12\x15\n\x11TOKEN_KIND_ANCHOR\x10\x01\x12\x15\n\x11TOKEN_KIND_BUFFER\x10\x02\x12\x17\n\x13TOKEN_KIND_REGISTER\x10\x03\x12\x13\n\x0fTOKEN_KIND_TEXT\x10\x04\x12\x16\n\x12TOKEN_KIND_CONTROL\x10\x05\x12\x17\n\x13TOKEN_KIND_DOMINANT\x10\x06\x12\x16\n\x12TOKEN_KIND_DIVERSE\x10\x07*}\n\x0b\x43\x61\x63heStatus\x12\x1c\n\x18\x43\x41\x43HE_STATUS_UNSPECIFIED\x10\x00\x12\x15\n\x11\x43\x41\x43HE_STATUS_MISS\x10\x01\x12\x1c\n\x18\x43\x41\x43HE_STATUS_ENCODED_HIT\x10\x02\x12\x1b\n\x17\x43\x41\x43HE_STATUS_PRUNED_HIT\x10\x03\x32\xf6\x01\n\rPrunerService\x12N\n\x0bPruneTokens\x12\x1e.hiprune.v1.PruneTokensRequest\x1a\x1f.hiprune.v1.PruneTokensResponse\x12K\n\nPruneImage\x12\x1d.hiprune.v1.PruneImageRequest\x1a\x1e.hiprune.v1.PruneImageResponse\x12H\n\tGetPruner\x12\x1c.hiprune.v1.GetPrunerRequest\x1a\x1d.hiprune.v1.GetPrunerResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hiprune.v1.pruner_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_METHOD']._serialized_start=2234
-  _globals['_METHOD']._serialized_end=2372
-  _globals['_BUFFERSHAPE']._serialized_start=2375
-  _globals['_BUFFERSHAPE']._serialized_end=2568
-  _globals['_TEXTBUDGET']._serialized_start=2570
-  _globals['_TEXTBUDGET']._serialized_end=2661
-  _globals['_TOKENKIND']._serialized_start=2664
-  _globals['_TOKENKIND']._serialized_end=2819
-  _globals['_CACHESTATUS']._serialized_start=2821
-  _globals['_CACHESTATUS']._serialized_end=2946
+  _globals['_METHOD']._serialized_start=2268
+  _globals['_METHOD']._serialized_end=2449
+  _globals['_BUFFERSHAPE']._serialized_start=2452
+  _globals['_BUFFERSHAPE']._serialized_end=2645
+  _globals['_TEXTBUDGET']._serialized_start=2647
+  _globals['_TEXTBUDGET']._serialized_end=2738
+  _globals['_TOKENKIND']._serialized_start=2741
+  _globals['_TOKENKIND']._serialized_end=2945
+  _globals['_CACHESTATUS']._serialized_start=2947
+  _globals['_CACHESTATUS']._serialized_end=3072
   _globals['_PRUNEPOLICY']._serialized_start=131
   _globals['_PRUNEPOLICY']._serialized_end=446
   _globals['_SELECTION']._serialized_start=449
   _globals['_SELECTION']._serialized_end=661
-  _globals['_SELECTIONSCORES']._serialized_start=663
-  _globals['_SELECTIONSCORES']._serialized_end=790
-  _globals['_PRUNESUMMARY']._serialized_start=793
-  _globals['_PRUNESUMMARY']._serialized_end=977
-  _globals['_PRUNEDVIEW']._serialized_start=980
-  _globals['_PRUNEDVIEW']._serialized_end=1117
-  _globals['_PRUNEDMEDIA']._serialized_start=1120
-  _globals['_PRUNEDMEDIA']._serialized_end=1279
-  _globals['_PRUNETOKENSREQUEST']._serialized_start=1282
-  _globals['_PRUNETOKENSREQUEST']._serialized_end=1566
-  _globals['_SIMILARITYSCORES']._serialized_start=1568
-  _globals['_SIMILARITYSCORES']._serialized_end=1621
-  _globals['_PRUNETOKENSRESPONSE']._serialized_start=1624
-  _globals['_PRUNETOKENSRESPONSE']._serialized_end=1769
-  _globals['_PRUNEIMAGEREQUEST']._serialized_start=1771
-  _globals['_PRUNEIMAGEREQUEST']._serialized_end=1883
-  _globals['_PRUNEIMAGERESPONSE']._serialized_start=1886
-  _globals['_PRUNEIMAGERESPONSE']._serialized_end=2028
-  _globals['_GETPRUNERREQUEST']._serialized_start=2030
-  _globals['_GETPRUNERREQUEST']._serialized_end=2048
-  _globals['_GETPRUNERRESPONSE']._serialized_start=2051
-  _globals['_GETPRUNERRESPONSE']._serialized_end=2231
-  _globals['_PRUNERSERVICE']._serialized_start=2949
-  _globals['_PRUNERSERVICE']._serialized_end=3195
+  _globals['_SELECTIONSCORES']._serialized_start=664
+  _globals['_SELECTIONSCORES']._serialized_end=824
+  _globals['_PRUNESUMMARY']._serialized_start=827
+  _globals['_PRUNESUMMARY']._serialized_end=1011
+  _globals['_PRUNEDVIEW']._serialized_start=1014
+  _globals['_PRUNEDVIEW']._serialized_end=1151
+  _globals['_PRUNEDMEDIA']._serialized_start=1154
+  _globals['_PRUNEDMEDIA']._serialized_end=1313
+  _globals['_PRUNETOKENSREQUEST']._serialized_start=1316
+  _globals['_PRUNETOKENSREQUEST']._serialized_end=1600
+  _globals['_SIMILARITYSCORES']._serialized_start=1602
+  _globals['_SIMILARITYSCORES']._serialized_end=1655
+  _globals['_PRUNETOKENSRESPONSE']._serialized_start=1658
+  _globals['_PRUNETOKENSRESPONSE']._serialized_end=1803
+  _globals['_PRUNEIMAGEREQUEST']._serialized_start=1805
+  _globals['_PRUNEIMAGEREQUEST']._serialized_end=1917
+  _globals['_PRUNEIMAGERESPONSE']._serialized_start=1920
+  _globals['_PRUNEIMAGERESPONSE']._serialized_end=2062
+  _globals['_GETPRUNERREQUEST']._serialized_start=2064
+  _globals['_GETPRUNERREQUEST']._serialized_end=2082
+  _globals['_GETPRUNERRESPONSE']._serialized_start=2085
+  _globals['_GETPRUNERRESPONSE']._serialized_end=2265
+  _globals['_PRUNERSERVICE']._serialized_start=3075
+  _globals['_PRUNERSERVICE']._serialized_end=3321
 # @@protoc_insertion_point(module_scope)
