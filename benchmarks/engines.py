@@ -36,9 +36,9 @@ from transformers import LlamaConfig
 
 from benchmarks import checkpoints, plots, report
 from hiprune.client import question_message
+from hiprune.costs import TextShape, prefill_flops
 from hiprune.v1 import encoder_service_pb2, llm_service_pb2
 from services.llm.engines.base import Job
-from services.llm.flops import TextShape, prefill_flops
 from services.llm.pipeline import LanguageModel
 from services.llm.process import load
 from services.llm.sampling import Sampling

@@ -28,9 +28,10 @@ from transformers import AutoModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from benchmarks import checkpoints, plots, report
+from hiprune.budgets import keep_of_ratio
 from hiprune.checkpoints import open_checkpoint
+from hiprune.costs import TextShape, prefill_flops
 from services.encoder.families import Prepared, load_tower
-from services.llm.flops import TextShape, prefill_flops
 from services.pruner import selection
 
 CLAIM: Final = "with 30 % of the visual tokens the first token comes sooner, scores and selection paid for"
@@ -86,7 +87,7 @@ class Pipeline:
         for layers in ({self._facts.object_layer, self._facts.deep_layer}, set[int]()):
             self._tower.warm_up(layers)
         text = config.get_text_config()
-        self.shape = TextShape.of(text)
+        self.shape = TextShape.of(text.to_dict())
         with torch.device(device):
             self._language = AutoModel.from_config(text, dtype=dtype).eval().requires_grad_(False)
             self._projector = LlavaMultiModalProjector(config).to(dtype) if self.is_llava else None
@@ -115,7 +116,7 @@ class Pipeline:
                     view.scores[facts.object_layer].numpy(),
                     view.scores[facts.deep_layer].numpy(),
                     width=view.grid[1],
-                    keep=selection.keep_of_ratio(ratio, side * side),
+                    keep=keep_of_ratio(ratio, side * side),
                 )
                 kept = torch.from_numpy(found.indices)
         with clock.stage("project"):
@@ -188,13 +189,13 @@ def measure(pipeline: Pipeline, side: int, device: str, count: int, warm_up: int
     texts = TEXT_BEFORE + TEXT_AFTER
     return {
         "visual_tokens": tokens,
-        "kept": selection.keep_of_ratio(RATIO, tokens),
+        "kept": keep_of_ratio(RATIO, tokens),
         "ratio": report.ratios(pruned, whole),
         "pruned_ms": report.spread([1000 * value for value in pruned]),
         "unpruned_ms": report.spread([1000 * value for value in whole]),
         "stages_ms": stages,
         "prefill_tflops": {
-            "pruned": prefill_flops(pipeline.shape, selection.keep_of_ratio(RATIO, tokens) + texts) / 1e12,
+            "pruned": prefill_flops(pipeline.shape, keep_of_ratio(RATIO, tokens) + texts) / 1e12,
             "unpruned": prefill_flops(pipeline.shape, tokens + texts) / 1e12,
         },
     }

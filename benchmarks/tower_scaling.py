@@ -28,6 +28,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 
 from benchmarks import checkpoints, plots, report
 from hiprune.checkpoints import open_checkpoint
+from hiprune.costs import TowerShape
+from hiprune.families import facts_of
 from hiprune.loading import load_part
 from services.encoder.attention import ScoreCapture
 from services.encoder.families import load_tower
@@ -235,13 +237,10 @@ def attention_bytes(tokens: int, dtype: torch.dtype) -> int:
 
 
 def tower_tflops(vision: dict[str, Any], tokens: int) -> float:
-    """Of one forward over `tokens` merged tokens, without scores: its products, a multiply-add being 2."""
-    width, patches, merge = vision["hidden_size"], 4 * tokens, vision["spatial_merge_size"] ** 2
-    layer = 4 * width**2 + 3 * width * vision["intermediate_size"]  # q, k, v, output; gate, up, down
-    seen = FULL_BLOCKS * patches + WINDOW_BLOCKS * WINDOW_PATCHES  # keys of each query, over all blocks
-    merger = (merge * width) ** 2 + merge * width * vision["out_hidden_size"]
-    macs = patches * (vision["depth"] * layer + 2 * width * seen) + tokens * merger
-    return float(2 * macs / 1e12)
+    """Of one forward over a square of `tokens` merged tokens, without scores."""
+    config = {"model_type": "qwen2_5_vl", "vision_config": vision}
+    side = math.isqrt(tokens)
+    return TowerShape.of(config, facts_of(config)).flops([(side, side)]) / 1e12
 
 
 def _peak_mb(work: Callable[[], object]) -> float | None:

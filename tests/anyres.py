@@ -157,6 +157,12 @@ class Stock:
         return output.hidden_states[self.feature][:, self.leading :], scores
 
     @torch.no_grad()
+    def from_cls(self, image: Image.Image) -> list[torch.Tensor]:
+        """Each layer's attention from CLS (V, N), averaged over heads."""
+        output = self.model.model.vision_tower(self.pixels(image), output_attentions=True)
+        return [attention[:, :, 0].mean(dim=1)[:, self.leading :] for attention in output.attentions]
+
+    @torch.no_grad()
     def spliced_answer(
         self, turns: Sequence[dict[str, Any]], pieces: Sequence[Sequence[torch.Tensor]]
     ) -> list[int]:

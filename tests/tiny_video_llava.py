@@ -254,7 +254,8 @@ class Stock:
 
     @torch.no_grad()
     def tower(self, media):
-        """Features (V, 17, D), CLS first, and each layer's scores (V, 16), CLS queries counted."""
+        """Features (V, 17, D), CLS first, each layer's scores (V, 16), CLS queries counted, and its attention
+        from CLS alone (V, 16)."""
         name, pixels = (
             ("image_tower", self.pixels([media.image]))
             if media.HasField("image")
@@ -265,7 +266,11 @@ class Stock:
             layer: matrix.sum(dim=2).mean(dim=1)[:, 1:]
             for layer, matrix in enumerate(output.attentions, start=1)
         }
-        return output.hidden_states[-2], scores
+        from_cls = {
+            layer: matrix[:, :, 0].mean(dim=1)[:, 1:]
+            for layer, matrix in enumerate(output.attentions, start=1)
+        }
+        return output.hidden_states[-2], scores, from_cls
 
     @torch.no_grad()
     def pruned_answer(self, messages, report) -> list[int]:

@@ -17,13 +17,13 @@ import torch
 
 from hiprune import auth, telemetry
 from hiprune.checkpoints import Checkpoint
+from hiprune.costs import TextShape, prefill_flops
 from hiprune.errors import InvalidInput, NotFound, Unavailable
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
 from services.llm.chat import Chat
 from services.llm.detokenize import Detokenizer
 from services.llm.engines.base import Engine, Job
 from services.llm.families import Adapter, SplicedPrompt
-from services.llm.flops import TextShape, prefill_flops
 from services.llm.prompts import Limits, Prompt, read_prompt
 from services.llm.sampling import Sampling, read_sampling
 from services.llm.slots import Slots

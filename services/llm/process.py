@@ -12,6 +12,7 @@ import torch
 
 from hiprune.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from hiprune.config import ConfigError
+from hiprune.costs import TextShape
 from hiprune.errors import Unavailable
 from hiprune.intake import ROOM, SMALL_REQUEST
 from hiprune.server import CanFail
@@ -21,7 +22,6 @@ from services.llm.engines.adapters import LoraAdapter, read_adapters, refuse_ada
 from services.llm.engines.base import Engine
 from services.llm.engines.transformers import TransformersEngine
 from services.llm.families import Adapter, load_adapter
-from services.llm.flops import TextShape
 from services.llm.pipeline import LanguageModel
 from services.llm.placement import Placement, bound_memory, place
 from services.llm.prompts import Limits
@@ -130,7 +130,7 @@ def load(settings: Settings) -> LanguageModel:
         chat=load_chat(checkpoint.path, adapter.image_token_id, adapter.video_token_id),
         adapter=adapter,
         engine=make_engine(settings, checkpoint, adapter, placement, loras),
-        shape=TextShape.of(config.get_text_config()),
+        shape=TextShape.of(config.get_text_config().to_dict()),
         limits=Limits(
             settings.max_messages,
             settings.max_media,

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from hiprune.budgets import Budget
 from hiprune.errors import InvalidInput
 from hiprune.families import Facts
 from hiprune.v1 import pruner_service_pb2 as pb
-from services.pruner.selection import BufferShape, TextBudget, keep_of_ratio
+from services.pruner.selection import BufferShape, TextBudget
 
 DEFAULT_KEEP_RATIO: Final = 1 / 3
 """192 of LLaVA-1.5's 576 tokens: the paper's largest budget."""
@@ -67,40 +68,20 @@ class Policy:
         """Whether the method looks at the question."""
         return self.method == pb.METHOD_HIPRUNE_PLUS_PLUS
 
-    def keep_per_view(self, counts: Sequence[int], prefix: int = 0) -> list[int]:
-        """The budget K of each view, whose token counts are given, padding left out.
-
-        A count is shared out evenly, `K // V` a view; so is a ratio, unless the family takes it of each view.
-        What asks for all tokens keeps them all. `prefix` of a view's tokens lie outside its grid, are always
-        kept, and count; at least one token of the grid is kept besides.
-        Raises InvalidInput (`policy.keep_count`) when a view would get less than that.
-        """
-        total, views, least = sum(counts), len(counts), 1 + prefix
+    @property
+    def budget(self) -> Budget:
+        """How many tokens, and of what; NONE asks for all."""
         if self.method == pb.METHOD_NONE:
-            return list(counts)
-        if self.keep_ratio is not None and self.ratio_of == "view":
-            return [max(least, keep_of_ratio(self.keep_ratio, count)) for count in counts]
-        asked = self.requested(counts)
-        if asked >= total:
-            return list(counts)
-        if self.keep_ratio is not None:
-            return [max(least, asked // views)] * views
-        if asked < least * views:
-            raise InvalidInput(
-                f"{asked} tokens for {views} views; expected at least {least} a view",
-                field="policy.keep_count",
-            )
-        return [asked // views] * views
+            return Budget()
+        return Budget(self.keep_count, self.keep_ratio, self.ratio_of)
+
+    def keep_per_view(self, counts: Sequence[int], prefix: int = 0) -> list[int]:
+        """The budget K of each view: see `Budget.per_view`. Raises InvalidInput (`policy.keep_count`)."""
+        return self.budget.per_view(counts, prefix)
 
     def requested(self, counts: Sequence[int]) -> int:
         """The budget in tokens over all views, as it was asked for."""
-        if self.keep_count is not None and self.method != pb.METHOD_NONE:
-            return self.keep_count
-        if self.keep_ratio is None or self.method == pb.METHOD_NONE:
-            return sum(counts)
-        if self.ratio_of == "view":
-            return sum(keep_of_ratio(self.keep_ratio, count) for count in counts)
-        return keep_of_ratio(self.keep_ratio, sum(counts))
+        return self.budget.requested(counts)
 
     def canonical(self, tokens: int | None) -> bytes:
         """Bytes that are equal exactly for policies of one answer: fields that the method ignores are out.

@@ -96,19 +96,6 @@ _OFFSETS: Final[dict[int, npt.NDArray[np.int64]]] = {
 }
 
 
-def keep_of_ratio(ratio: float, n: int) -> int:
-    """The budget K of a retention ratio: `max(1, round(ratio * n))`, halves to the even number.
-
-    `ratio` is in (0, 1]; `n` >= 0 is the number of tokens that the ratio counts, padding left out.
-    Raises InvalidInput (`policy.keep_ratio`, or `features` for a negative n).
-    """
-    if not 0 < ratio <= 1:  # written so that NaN fails too
-        raise InvalidInput(f"{ratio} is outside (0, 1]", field="policy.keep_ratio")
-    if n < 0:
-        raise InvalidInput(f"{n} tokens; expected at least 0", field="features")
-    return max(1, round(ratio * n))
-
-
 def everything(n: int, *, valid: Mask | None = None) -> Selection:
     """All valid ones of `n` >= 1 tokens, of kind CONTROL: the unpruned baseline.
 

@@ -25,6 +25,7 @@ _PROJECTOR: Final = "multi_modal_projector."
 PREPROCESSING_VERSION: Final = "pil-1"
 """Names how pixels are prepared beyond the checkpoint's own settings; change it when that changes."""
 
+_SETTINGS: Final = ["*.json"]
 _FILES: Final = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _MAX_HEADER_BYTES: Final = 100 * 2**20
 
@@ -89,8 +90,11 @@ def open_checkpoint(model: str) -> Checkpoint:
     return Checkpoint(path, config, facts, _vision_digest(vision, config), _preprocessing_digest(path))
 
 
-def locate(model: str) -> Path:
-    """The directory of a model: itself, or the local snapshot of a hub id. Raises CheckpointError."""
+def locate(model: str, *, weights: bool = True) -> Path:
+    """The directory of a model: itself, or the local snapshot of a hub id. Raises CheckpointError.
+
+    Without `weights` only settings are fetched from the hub.
+    """
     folder = os.path.expanduser(
         model
     )  # os.path, unlike Path, takes anything: an unknown ~user, no name at all
@@ -101,7 +105,7 @@ def locate(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, allow_patterns=_FILES))
+        return Path(snapshot_download(model, allow_patterns=_FILES if weights else _SETTINGS))
     except Exception as error:  # the hub client raises a dozen kinds, for network, access and names
         raise CheckpointError(f"model {model!r}: not a directory, and the hub gave {error}") from error
 

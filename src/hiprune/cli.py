@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hiprune.commands import ask, bench, cache, compare, doctor, export_lm, options, prune, tenants, up
+from hiprune.commands import ask, bench, cache, compare, doctor, export_lm, flops, options, prune, tenants, up
 
 
 class _Group(TyperGroup):
@@ -48,6 +48,7 @@ app.command()(bench.bench)
 app.command()(doctor.doctor)
 app.command()(up.up)
 app.command()(up.demo)
+app.command()(flops.flops)
 app.command(name="export-lm")(export_lm.export_lm)
 app.add_typer(cache.app, name="cache")
 app.add_typer(tenants.app, name="tenant")

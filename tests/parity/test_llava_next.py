@@ -231,6 +231,8 @@ def test_features_and_scores_of_a_mixed_batch_are_each_pictures_own(tower, stock
             for layer in (1, OBJECT_LAYER, DEEP_LAYER):
                 torch.testing.assert_close(view.scores[layer], scores[layer - 1][number], rtol=1e-5, atol=0)
                 torch.testing.assert_close(view.scores[layer], alone[number].scores[layer], rtol=1e-5, atol=0)
+                from_cls = stock.from_cls(shown)[layer - 1][number]
+                torch.testing.assert_close(view.cls_scores[layer], from_cls, rtol=1e-5, atol=1e-7)
             assert (view.aligned is None) == (place % 2 == 1)
 
 

@@ -235,6 +235,7 @@ def test_features_and_scores_of_a_mixed_batch_are_each_pictures_own(tower, stock
                 torch.testing.assert_close(view.scores[layer], scores[layer - 1][number], rtol=1e-5, atol=0)
                 torch.testing.assert_close(view.scores[layer], alone[number].scores[layer], rtol=1e-5, atol=0)
             assert (view.aligned is None) == (place % 2 == 1)
+            assert not view.cls_scores  # there is no CLS
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -193,7 +193,7 @@ async def test_kept_tokens_are_hiprunes_choice_by_the_eager_scores(client, stock
     count, in_grid = (64, 8 - 1) if "frames" in name else (7, 7)
     # alpha for one anchor a view
     report, _ = await ask(client, CASES[name], method=HIPRUNE, keep_count=count, alpha=0.7)
-    _, scores = stock.tower(media_of(CASES[name])[0])
+    _, scores, _ = stock.tower(media_of(CASES[name])[0])
     for number, view in enumerate(report.media[0].views):
         layers = [scores[layer][number].numpy() for layer in (OBJECT, DEEP)]
         expected = selection.hiprune(*layers, width=SIDE, keep=in_grid, alpha=0.7)
@@ -218,7 +218,7 @@ def test_features_and_scores_equal_the_eager_towers_in_a_batch_of_images_and_vid
     items = [prepared(tower, each) for each in media]
     together = tower.encode(items, set(range(1, DEEP + 1)), [False] * len(items))
     for each, item, views in zip(media, items, together, strict=True):
-        features, scores = stock.tower(each)
+        features, scores, from_cls = stock.tower(each)
         is_video = each.HasField("video")
         assert len(views) == (8 if is_video else 1)
         (alone,) = tower.encode([item], {OBJECT, DEEP}, [False])
@@ -229,6 +229,8 @@ def test_features_and_scores_equal_the_eager_towers_in_a_batch_of_images_and_vid
                 torch.testing.assert_close(view.prefix, features[number, :1], rtol=1e-4, atol=1e-5)
             for layer in range(1, DEEP + 1):
                 torch.testing.assert_close(view.scores[layer], scores[layer][number], rtol=1e-5, atol=0)
+                row = from_cls[layer][number]
+                torch.testing.assert_close(view.cls_scores[layer], row, rtol=1e-5, atol=1e-7)
             for layer in (OBJECT, DEEP):
                 torch.testing.assert_close(view.scores[layer], alone[number].scores[layer], rtol=1e-5, atol=0)
 

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from hiprune.budgets import keep_of_ratio
 from hiprune.checkpoints import open_checkpoint
 from hiprune.errors import InvalidInput
 from hiprune.families import Facts
 from hiprune.v1 import pruner_service_pb2 as pb
 from services.pruner.policy import Policy, resolve, resolve_layers
-from services.pruner.selection import BufferShape, TextBudget, TokenKind, keep_of_ratio
+from services.pruner.selection import BufferShape, TextBudget, TokenKind
 
 LLAVA = Facts(
     family="llava",

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hiprune.budgets import keep_of_ratio
 from hiprune.errors import InvalidInput
 from services.pruner.selection import (
     BufferShape,
@@ -27,7 +28,6 @@ from services.pruner.selection import (
     everything,
     hiprune,
     hiprune_plus_plus,
-    keep_of_ratio,
     random_tokens,
     strided,
 )
