@@ -65,7 +65,7 @@ k8s: $(READY) ## render deploy/k8s/rendered again, with kubectl 1.27 or newer
 	@$(BIN)/python tools/render_k8s.py
 
 BENCHMARKS := capture_overhead tower_scaling selection_cost encoder_load service_tax \
-	"service_tax --size 0.5b" time_to_first_token cache isolation gateway telemetry
+	"service_tax --size 0.5b" time_to_first_token latency cache isolation gateway telemetry
 # what knows no device
 ifeq ($(findstring --device,$(ARGS)),)
 BENCHMARKS += shared_memory

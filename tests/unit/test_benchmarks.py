@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -26,6 +27,7 @@ from benchmarks import (
     capture_overhead,
     checkpoints,
     encoder_load,
+    latency,
     plots,
     report,
     selection_cost,
@@ -409,3 +411,26 @@ def test_a_batch_encodes_as_one_image_alone_does() -> None:
 def test_pictures_are_the_samples() -> None:
     assert isinstance(capture_overhead.picture(0), Image.Image)
     assert capture_overhead.picture(0).size == capture_overhead.picture(16).size
+
+
+# --- latency ---------------------------------------------------------------------------------------------
+
+
+async def test_every_budget_and_method_is_measured_from_pixels_to_the_last_token(tmp_path: Path) -> None:
+    for name in ("llava", "clip"):
+        shutil.copytree(EMBEDDED_MODEL.parent / name, tmp_path / name)
+    pipeline = latency.Pipeline(tmp_path / "llava", tmp_path / "clip", "cpu", new_tokens=3, at_once=2)
+    found = await latency.measure(pipeline, rounds=1, at_once=(1, 2))
+    rows = {(row["method"], row["visual_tokens"]): row for row in found["rows"]}
+    keeps = {round(share * pipeline.tokens) for share in latency.SHARES}
+    assert set(rows) == {("none", pipeline.tokens), *((name, k) for name in latency.METHODS for k in keeps)}
+    texts = {row["prompt_tokens"] - row["visual_tokens"] for row in found["rows"]}
+    assert len(texts) == 1  # every method keeps as many as it was asked to
+    for (name, _), row in rows.items():
+        assert row["prefill_ms"]["median"] > 0 < row["decode_ms_per_token"]["median"]
+        assert set(row["questions_per_s"]) == ({"1", "2"} if name in {"none", "hiprune"} else set())
+        assert (row["prefill_tflops"] < rows["none", pipeline.tokens]["prefill_tflops"]) == (name != "none")
+    assert {each["what"].split(",")[0] for each in latency.targets_of(found["rows"])} == {
+        "hiprune",
+        "hiprune++",
+    }
