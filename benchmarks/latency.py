@@ -18,10 +18,12 @@ says. The whole run writes a checkpoint of random weights first: 1.6 GB, at 7b 1
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -60,6 +62,7 @@ METHODS: Final = {
     "hiprune++": pb.METHOD_HIPRUNE_PLUS_PLUS,
     "random": pb.METHOD_RANDOM,
 }
+_M_ARENA_MAX: Final = -8  # malloc.h
 QUESTION: Final = "what color is the large circle to the left of the small square ?"
 AT_ONCE: Final = {"cpu": (1, 2, 4), "cuda": (1, 4, 8, 16)}
 NEW_TOKENS: Final = {"cpu": 8, "cuda": 64}
@@ -94,8 +97,6 @@ class Answered:
     decode_ms: float
     """A token behind the first."""
     prompt_tokens: int
-    peak_bytes: int | None
-    """Held most above what was held before."""
 
 
 class Pipeline:
@@ -103,6 +104,7 @@ class Pipeline:
 
     def __init__(self, path: Path, paired: Path, device: str, *, new_tokens: int, at_once: int) -> None:
         self.device, self.new_tokens = device, new_tokens
+        one_arena()
         endless(path)
         arguments = ["--model", str(path), "--device", device, f"--max-concurrency={at_once}"]
         self.model: LanguageModel = load(Settings.read(arguments, {}))
@@ -166,18 +168,25 @@ class Pipeline:
         job = self.job(media)
         report.synchronize(self.device)
         projected = time.perf_counter()
-        with report.PeakMemory(self.device) as peak:
-            started = time.perf_counter()
-            times = [time.perf_counter() async for _ in self.model.engine.generate(job)]
+        times = [time.perf_counter() async for _ in self.model.engine.generate(job)]
         self._check(len(times))
         return Answered(
             select_ms=1000 * (selected - begun),
             project_ms=1000 * (projected - selected),
-            prefill_ms=1000 * (times[0] - started),
+            prefill_ms=1000 * (times[0] - projected),
             decode_ms=1000 * (times[-1] - times[0]) / (len(times) - 1),
             prompt_tokens=len(job.prompt.embeddings),
-            peak_bytes=peak.bytes,
         )
+
+    async def peak_mb(self, variant: Variant) -> float | None:
+        """The most that an answer holds above the weights, prompt and all; None where nobody tells.
+
+        Apart from what is timed: memory that was just given back has to be fetched again.
+        """
+        with report.PeakMemory(self.device) as peak:
+            job = self.job(self.pruned(variant))
+            self._check(len([step async for step in self.model.engine.generate(job)]))
+        return None if peak.bytes is None else peak.bytes / report.MB
 
     async def questions_per_s(self, variant: Variant, at_once: int) -> float:
         """Of as many at a time, each pruned for itself, the tower left out."""
@@ -193,6 +202,12 @@ class Pipeline:
     def _check(self, tokens: int) -> None:
         if tokens != self.new_tokens:
             raise SystemExit(f"an answer of {tokens} tokens, expected {self.new_tokens}")
+
+
+def one_arena() -> None:
+    """Has glibc keep one heap for all threads: of others it never gives back what is free at their end."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def endless(path: Path) -> None:
@@ -245,6 +260,7 @@ async def _measure(
             for variant, count in turn:
                 rates[variant].setdefault(count, []).append(await pipeline.questions_per_s(variant, count))
                 step()
+    peaks = {variant: await pipeline.peak_mb(variant) for variant in loaded}
     costed = Costed.of(pipeline.checkpoint.config)
     medians = {
         variant: {count: statistics.median(each) for count, each in found.items()}
@@ -272,7 +288,7 @@ async def _measure(
                     [each.select_ms + each.project_ms + each.prefill_ms for each in found],
                     [each.select_ms + each.project_ms + each.prefill_ms for each in whole],
                 ),
-                "peak_mb": _median_mb([each.peak_bytes for each in found]),
+                "peak_mb": peaks.get(variant),
                 "kv_mb": costs.after.kv_bytes / report.MB,
                 "questions_per_s": {str(count): each for count, each in medians.get(variant, {}).items()},
                 "best_at_once": max(medians[variant], key=medians[variant].__getitem__)
@@ -282,11 +298,6 @@ async def _measure(
         )
     weights = {part: size / report.MB for part, size in costs.weights_bytes.items()}
     return {"vision_ms": vision, "weights_mb": weights, "rows": rows}
-
-
-def _median_mb(found: Sequence[int | None]) -> float | None:
-    known = [each for each in found if each is not None]
-    return statistics.median(known) / report.MB if known else None
 
 
 def targets_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -315,7 +326,7 @@ def show(results: dict[str, Any], name: str, title: str) -> None:
             row["prefill_ms"]["median"],
             row["prefill_ratio"]["median"],
             row["decode_ms_per_token"]["median"],
-            "–" if row["peak_mb"] is None else row["peak_mb"],
+            "" if row["peak_mb"] is None else row["peak_mb"],
             *(row["questions_per_s"].get(count, "") for count in counts),
         )
         for row in rows
