@@ -172,8 +172,8 @@ class Pruning(_Strict):
     # kept and refused in `read_chat`: forbidden here, each of a hundred thousand would be an error of its own
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
 
-    method: Literal["none", "hiprune", "hiprune++", "random", "strided"] | None = Field(
-        None, description="which tokens are kept; default: hiprune"
+    method: Literal["none", "hiprune", "hiprune++", "random", "strided", "visionzip", "divprune"] | None = (
+        Field(None, description="which tokens are kept; default: hiprune")
     )
     keep: _Keep | None = Field(
         None,

@@ -287,6 +287,15 @@ def _view_to_wire(view: View | EncodedView, name: str) -> encoder_service_pb2.Vi
         field = f"{name}.attention[{layer}]"
         wire = to_wire(scores, name=field, shape=(count,), as_float32=True)
         made.attention.append(encoder_service_pb2.LayerAttention(layer=layer, scores=wire))
+        if layer in view.cls_attention:
+            field = f"{name}.cls_attention[{layer}]"
+            row = to_wire(view.cls_attention[layer], name=field, shape=(count,), as_float32=True)
+            made.attention[-1].cls_scores.CopyFrom(row)
+    if apart := sorted(set(view.cls_attention) - set(view.attention)):
+        raise InvalidInput(
+            f"got layers {apart}, expected layers of attention: {sorted(view.attention)}",
+            field=f"{name}.cls_attention",
+        )
     if view.valid is not None:
         top, left, rows, columns = view.valid
         made.valid.CopyFrom(encoder_service_pb2.ValidRegion(top=top, left=left, height=rows, width=columns))

@@ -20,7 +20,7 @@ METHOD_WORDS: Final = {number: word for word, number in METHODS.items()}
 KIND_WORDS: Final = {
     number: name.removeprefix("TOKEN_KIND_").lower() for name, number in pb.TokenKind.items() if number
 }
-"""Why a token was kept: "anchor", "buffer", "register", "text", "control"."""
+"""Why a token was kept: "anchor", "buffer", "register", "text", "control", "dominant", "diverse"."""
 CACHE_WORDS: Final = {
     number: name.removeprefix("CACHE_STATUS_").lower().replace("_", " ")
     for name, number in pb.CacheStatus.items()
@@ -52,11 +52,12 @@ def policy(
 ) -> pb.PrunePolicy:
     """A policy for `Client.ask`, `prune` and `prune_tokens`. What is left out is the service's default.
 
-    method: none, hiprune, hiprune++, random, strided: `METHODS`. keep: how many tokens of each image, a share
-    in (0, 1] or a count from 2 on, also written "1/3", "33%" or "65". alpha: share of the budget for anchors
-    and their neighbours. object_layer: encoder layer, from 1 on, whose attention finds objects. beta: share
-    chosen by the question, of hiprune++. buffer: neighbours kept with an anchor (`BUFFERS`). text_budget:
-    inside or additive. scores: also return the scores that the choice was made from.
+    method: none, hiprune, hiprune++, random, strided, visionzip, divprune: `METHODS`. keep: how many tokens
+    of each image, a share in (0, 1] or a count from 2 on, also written "1/3", "33%" or "65". alpha: share of
+    the budget for anchors and their neighbours. object_layer: encoder layer, from 1 on, whose attention finds
+    objects. beta: share chosen by the question, of hiprune++. buffer: neighbours kept with an anchor
+    (`BUFFERS`). text_budget: inside or additive. scores: also return the scores that the choice was made
+    from.
 
     Raises InvalidInput, with the argument's name as its `field`.
     """

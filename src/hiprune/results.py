@@ -39,6 +39,8 @@ class View:
     frame: int = 0
     valid: Region | None = None
     """The part of the grid that shows the image; None: all of it. The rest is padding and never kept."""
+    cls_attention: Mapping[int, ArrayLike] = field(default_factory=dict)
+    """Scores (N,) by layer of `attention`: CLS's own attention to each token, for visionzip."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class EncodedView:
     """(N, A), float16, normalised: each token in the paired text encoder's space; None unless asked for."""
     frame: int
     valid: Region | None
+    cls_attention: Mapping[int, Array]
+    """CLS's own attention to each token (N,), float32, by layer; empty where the tower has no CLS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,7 @@ class Scores:
     object: Array | None
     deep: Array | None
     similarity: Array | None
+    cls: Array | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,7 @@ class PrunedView:
     kept_indices: tuple[int, ...]
     """Row-major, ascending, K of them; tokens outside the grid left out."""
     kinds: tuple[str, ...]
-    """Why each was kept, in the same order: anchor, buffer, register, text or control."""
+    """Why each was kept, in the same order: anchor, buffer, register, text, control, dominant or diverse."""
     frame: int
     valid: Region | None
     features: Array | None
@@ -257,6 +262,11 @@ def _encoded_view(view: encoder_service_pb2.View) -> EncodedView:
         aligned=_optional(view, "aligned", "encoder"),
         frame=view.frame,
         valid=_region(view),
+        cls_attention={
+            each.layer: Array.read(each.cls_scores, peer="encoder")
+            for each in view.attention
+            if each.HasField("cls_scores")
+        },
     )
 
 
@@ -264,7 +274,8 @@ def _pruned_view(view: pruner_service_pb2.PrunedView, peer: str = "pruner") -> P
     chosen = view.selection
     scores = None
     if chosen.HasField("scores"):
-        scores = Scores(*(_optional(chosen.scores, name, peer) for name in ("object", "deep", "similarity")))
+        names = ("object", "deep", "similarity", "cls")
+        scores = Scores(*(_optional(chosen.scores, name, peer) for name in names))
     return PrunedView(
         grid=(chosen.grid_height, chosen.grid_width),
         kept_indices=tuple(chosen.kept_indices),

@@ -26,6 +26,8 @@ _MEANINGS: Final = {
     "register": "sums up the scene",
     "text": "is like the question",
     "control": "by chance, or at even steps",
+    "dominant": "CLS attends to it",
+    "diverse": "is unlike the others kept",
 }
 """Why a token of each kind was kept."""
 _OTHER: Final = "#b3400a"

@@ -47,12 +47,13 @@ async def test_prune_gives_the_tokens_that_an_answer_is_made_of(whole):
     assert pruned.message.vision_digest
 
 
-async def test_encoding_and_pruning_by_hand_keep_what_the_pruner_keeps(whole):
-    image, chosen = picture(SAMPLE["image"]), hiprune.policy("hiprune++", keep=40)
+@pytest.mark.parametrize("method", ["hiprune++", "visionzip", "divprune"])
+async def test_encoding_and_pruning_by_hand_keep_what_the_pruner_keeps(whole, method):
+    image, chosen = picture(SAMPLE["image"]), hiprune.policy(method, keep=40)
     pruned = await whole.prune(image, policy=chosen, question=SAMPLE["question"])
-    layers = sorted({pruned.policy.object_layer, pruned.deep_layer})
+    layers = sorted({pruned.policy.object_layer, pruned.deep_layer} - {0})
     encoded = await whole.encode(image, layers=layers, aligned=True)
-    assert sorted(encoded.views[0].attention) == layers
+    assert sorted(encoded.views[0].attention) == sorted(encoded.views[0].cls_attention) == layers
     again = await whole.prune_tokens(encoded, policy=chosen, question=SAMPLE["question"])
     assert again.views[0].kept_indices == pruned.views[0].kept_indices
     assert again.views[0].kinds == pruned.views[0].kinds
