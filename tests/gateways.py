@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from hiprune.errors import HipruneError, Unauthenticated, to_status
+from hiprune.v1 import encoder_service_pb2, llm_service_pb2_grpc, pruner_service_pb2, tensor_pb2
 from hiprune.v1 import llm_service_pb2 as pb
-from hiprune.v1 import llm_service_pb2_grpc, pruner_service_pb2
 from services.gateway.app import Gateway, make_app
 from services.gateway.backend import Backend
 from services.gateway.fetch import Fetcher
+from services.gateway.pages import Playground
 from services.gateway.process import bind
 from services.gateway.settings import Settings
 
@@ -26,13 +28,29 @@ MODEL = "scripted"
 KEY = "hiprune_canarykey"
 
 
-def report(*kept: int, before: int = 196) -> pb.PruningReport:
+def scores(values: list[float]) -> pruner_service_pb2.SelectionScores:
+    """Object scores of one view."""
+    data = struct.pack(f"<{len(values)}f", *values)
+    tensor = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_F32, shape=[len(values)], data=data)
+    return pruner_service_pb2.SelectionScores(object=tensor)
+
+
+def took(stage: str, microseconds: int) -> encoder_service_pb2.StageTiming:
+    """The time of a stage."""
+    timing = encoder_service_pb2.StageTiming(stage=stage)
+    timing.duration.FromMicroseconds(microseconds)
+    return timing
+
+
+def report(*kept: int, before: int = 196, scored: bool = False) -> pb.PruningReport:
     """A report on as many images, each with so many tokens kept."""
     return pb.PruningReport(
         media=[
             pb.MediaReport(
                 summary=pruner_service_pb2.PruneSummary(
-                    policy=pruner_service_pb2.PrunePolicy(method=pruner_service_pb2.METHOD_HIPRUNE),
+                    policy=pruner_service_pb2.PrunePolicy(
+                        method=pruner_service_pb2.METHOD_HIPRUNE, keep_count=count
+                    ),
                     tokens_before=before,
                     tokens_requested=count,
                     tokens_kept=count,
@@ -44,8 +62,10 @@ def report(*kept: int, before: int = 196) -> pb.PruningReport:
                         kinds=[pruner_service_pb2.TOKEN_KIND_ANCHOR] * count,
                         grid_height=14,
                         grid_width=14,
+                        scores=scores([index / 4 for index in range(196)]) if scored else None,
                     )
                 ],
+                timings=[took("select", 1500)],
             )
             for count in kept
         ]
@@ -60,8 +80,10 @@ def completion(tokens: int, reason: int = pb.FINISH_REASON_STOP) -> pb.Completio
         visual_tokens_before=196,
         visual_tokens_after=65,
         prompt_tokens_cached=7,
+        prefill_flops_before=9e6,
+        prefill_flops_after=3e6,
     )
-    return pb.Completion(finish_reason=reason, usage=usage)
+    return pb.Completion(finish_reason=reason, usage=usage, timings=[took("prefill", 12_250)])
 
 
 @dataclass
@@ -108,7 +130,8 @@ class ScriptedLlm(
             await self._check(metadata, context)
             if self.error is not None and self.error_after is None:
                 await context.abort_with_status(rpc_status.to_status(to_status(self.error)))
-            yield pb.AskImageResponse(report=report(*[65] * self.media))
+            scored = request.policy.include_scores
+            yield pb.AskImageResponse(report=report(*[65] * self.media, scored=scored))
             for place, word in enumerate(self.words):
                 if self.error is not None and place == self.error_after:
                     await context.abort_with_status(rpc_status.to_status(to_status(self.error)))
@@ -161,7 +184,7 @@ async def gateway(llm: str, *, fetcher: Fetcher | None = None, **settings: Any) 
     backend, fetcher = Backend(read), fetcher or Fetcher(read.hosts)
     listening = bind("127.0.0.1:0")
     config = uvicorn.Config(
-        make_app(Gateway(read, backend, fetcher)),
+        make_app(Gateway(read, backend, fetcher), Playground(read)),
         lifespan="off",
         loop="none",
         ws="none",

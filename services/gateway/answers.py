@@ -1,7 +1,8 @@
 """The llm's events as OpenAI's API has an answer: one object, or chunks of one.
 
 Beside what that API knows: `usage.prompt_tokens_details` has the visual tokens before and after pruning, and
-`pruning` the report. Clients that know neither pass over them. Pure; knows no HTTP but the names of headers.
+`pruning` the report (`reports.py`). Clients that know neither pass over them. Pure; knows no HTTP but the
+names of headers.
 
 Source: OpenAI's API reference, "The chat completion object" and "The chat completion chunk object".
 """
@@ -14,10 +15,11 @@ import time
 from collections.abc import Iterable
 from typing import Any, Final
 
-from hiprune.policies import CACHE_WORDS, KIND_WORDS, METHOD_WORDS
+from hiprune.policies import CACHE_WORDS
 from hiprune.results import milliseconds
 from hiprune.v1 import llm_service_pb2
 from services.gateway.chat import ChatRequest
+from services.gateway.reports import pruning_of
 
 _FINISH: Final = {
     llm_service_pb2.FINISH_REASON_STOP: "stop",
@@ -33,6 +35,7 @@ class Reply:
         self._created = int(time.time())
         self._model = chat.model
         self._detailed = chat.wants_report
+        self._scored = chat.wants_scores
         self._usage_in_stream = chat.includes_usage
 
     def whole(
@@ -53,7 +56,7 @@ class Reply:
                 }
             ],
             "usage": usage_of(completion.usage),
-            "pruning": pruning_of(report, detailed=self._detailed),
+            "pruning": self._pruning(report),
         }
         if self._detailed:
             content["pruning"]["timings_ms"] = milliseconds(completion.timings)
@@ -61,8 +64,7 @@ class Reply:
 
     def opening(self, report: llm_service_pb2.PruningReport) -> bytes:
         """The first chunk: who speaks, and what was pruned."""
-        pruning = pruning_of(report, detailed=self._detailed)
-        return self._chunk({"role": "assistant", "content": ""}, pruning=pruning)
+        return self._chunk({"role": "assistant", "content": ""}, pruning=self._pruning(report))
 
     def delta(self, text: str) -> bytes:
         """A chunk of text."""
@@ -70,10 +72,15 @@ class Reply:
 
     def closing(self, completion: llm_service_pb2.Completion) -> Iterable[bytes]:
         """The last chunks: why it ended and, if asked for, what it took."""
-        yield self._chunk({}, finish_reason=_FINISH.get(completion.finish_reason, "stop"))
+        reason = _FINISH.get(completion.finish_reason, "stop")
+        more = {"pruning": {"timings_ms": milliseconds(completion.timings)}} if self._detailed else {}
+        yield self._chunk({}, finish_reason=reason, **more)
         if self._usage_in_stream:
             yield self._event({"choices": [], "usage": usage_of(completion.usage)})
         yield b"data: [DONE]\n\n"
+
+    def _pruning(self, report: llm_service_pb2.PruningReport) -> dict[str, Any]:
+        return pruning_of(report, detailed=self._detailed, scored=self._scored)
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -99,7 +106,7 @@ def event(content: dict[str, Any]) -> bytes:
 
 
 def usage_of(usage: llm_service_pb2.Usage) -> dict[str, Any]:
-    """What an answer took, visual tokens before and after pruning beside it."""
+    """What an answer took; beside it, before and after pruning, visual tokens and an estimate of the work."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -108,39 +115,11 @@ def usage_of(usage: llm_service_pb2.Usage) -> dict[str, Any]:
             "cached_tokens": usage.prompt_tokens_cached,
             "visual_tokens_before": usage.visual_tokens_before,
             "visual_tokens_after": usage.visual_tokens_after,
+            "prefill_flops_before": round(usage.prefill_flops_before),
+            "prefill_flops_after": round(usage.prefill_flops_after),
         },
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
-
-
-def pruning_of(report: llm_service_pb2.PruningReport, *, detailed: bool = False) -> dict[str, Any]:
-    """What was pruned of each image, in their order; `detailed` also which tokens were kept and why."""
-    return {"images": [_image_of(media, detailed) for media in report.media]}
-
-
-def _image_of(media: llm_service_pb2.MediaReport, detailed: bool) -> dict[str, Any]:
-    summary = media.summary
-    found: dict[str, Any] = {
-        "method": METHOD_WORDS.get(summary.policy.method),
-        "tokens_before": summary.tokens_before,
-        "tokens_requested": summary.tokens_requested,
-        "tokens_kept": summary.tokens_kept,
-        "cache": CACHE_WORDS.get(media.cache),
-    }
-    if summary.text_note:
-        found["text_note"] = summary.text_note
-    if detailed:
-        found["views"] = [
-            {
-                "grid_height": view.grid_height,
-                "grid_width": view.grid_width,
-                "kept_indices": list(view.kept_indices),
-                "kinds": [KIND_WORDS[kind] for kind in view.kinds],
-            }
-            for view in media.views
-        ]
-        found["timings_ms"] = milliseconds(media.timings)
-    return found
 
 
 def headers_of(report: llm_service_pb2.PruningReport) -> dict[str, str]:

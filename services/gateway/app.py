@@ -1,7 +1,4 @@
-"""The routes: what comes in over HTTP, what it becomes for the llm, and what goes back.
-
-`GET /` is left to the playground.
-"""
+"""The routes: what comes in over HTTP, what it becomes for the llm, and what goes back."""
 
 from __future__ import annotations
 
@@ -30,6 +27,7 @@ from services.gateway.exchange import CLIENT_LEFT, Exchange
 from services.gateway.fetch import Fetcher
 from services.gateway.intake import ClientLeft, Intake, while_connected
 from services.gateway.naming import Naming
+from services.gateway.pages import Playground
 from services.gateway.settings import Settings
 from services.gateway.stream import EventStream
 from services.gateway.worker import Worker
@@ -234,7 +232,7 @@ class Gateway:
         return self._settings.default_deadline_ms / 1000
 
 
-def make_app(gateway: Gateway) -> FastAPI:
+def make_app(gateway: Gateway, playground: Playground) -> FastAPI:
     """The application."""
     app = FastAPI(
         title="hiprune",
@@ -293,6 +291,8 @@ def make_app(gateway: Gateway) -> FastAPI:
     @app.get("/readyz", summary="Whether requests can be answered", tags=["health"])
     async def readyz() -> Response:
         return await gateway.readyz()
+
+    playground.add_to(app)
 
     @app.exception_handler(HTTPException)
     async def not_there(request: Request, error: Exception) -> Response:

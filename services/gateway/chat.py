@@ -194,6 +194,9 @@ class Pruning(_Strict):
     report: bool = Field(
         False, description="tell which tokens were kept of each view, and why, and the time of each stage"
     )
+    scores: bool = Field(
+        False, description="a report with the scores of every token, those that the method chose by"
+    )
 
 
 class StreamOptions(_Strict):
@@ -237,7 +240,12 @@ class ChatRequest(_Strict):
     @property
     def wants_report(self) -> bool:
         """Whether the answer is to say which tokens were kept."""
-        return self.pruning is not None and self.pruning.report
+        return self.pruning is not None and (self.pruning.report or self.pruning.scores)
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether it is to tell their scores as well."""
+        return self.pruning is not None and self.pruning.scores
 
 
 def read_chat(body: bytes | bytearray) -> ChatRequest:
@@ -361,6 +369,7 @@ def _policy(pruning: Pruning) -> pb.PrunePolicy:
         beta=pruning.beta,
         buffer=f"BUFFER_SHAPE_{(pruning.buffer or 'unspecified').upper()}",  # type: ignore[arg-type]  # by name
         text_budget=f"TEXT_BUDGET_{(pruning.text_budget or 'unspecified').upper()}",  # type: ignore[arg-type]
+        include_scores=pruning.scores,
     )
     if pruning.keep is not None:
         try:

@@ -14,6 +14,7 @@ from services.gateway.chat import ChatRequest
 _REF: Final = "#/components/schemas/{model}"
 _NUMBER: Final = {"type": "integer"}
 _TEXT: Final = {"type": "string"}
+_TIMINGS: Final = {"type": "object", "additionalProperties": {"type": "number"}}
 _TEXT_OR_NULL: Final = {"type": ["string", "null"]}
 
 
@@ -40,20 +41,44 @@ _ANSWERS: Final = {
         completion_tokens=_NUMBER,
         total_tokens=_NUMBER,
         prompt_tokens_details=_object(
-            "", cached_tokens=_NUMBER, visual_tokens_before=_NUMBER, visual_tokens_after=_NUMBER
+            "",
+            cached_tokens=_NUMBER,
+            visual_tokens_before=_NUMBER,
+            visual_tokens_after=_NUMBER,
+            prefill_flops_before=_NUMBER,
+            prefill_flops_after=_NUMBER,
         ),
     ),
     "PruningReport": _object(
         "What was pruned.",
         images=_list(
             _object(
-                "One image; `views` and `timings_ms` if `pruning.report` asked for them.",
+                "One image; from `policy` on if `pruning.report` asked for it.",
                 method=_TEXT,
                 tokens_before=_NUMBER,
                 tokens_requested=_NUMBER,
                 tokens_kept=_NUMBER,
                 cache=_TEXT,
                 text_note=_TEXT,
+                policy=_object(
+                    "`pruning` with every default filled in; and the layer that the registers came from.",
+                    method=_TEXT,
+                    keep={"type": "number"},
+                    alpha={"type": "number"},
+                    object_layer=_NUMBER,
+                    deep_layer=_NUMBER,
+                    beta={"type": "number"},
+                    buffer=_TEXT,
+                    text_budget=_TEXT,
+                ),
+                text_model=_TEXT,
+                layout=_object(
+                    "Of an image in tiles: its size in pixels, and their rows and columns.",
+                    original_height=_NUMBER,
+                    original_width=_NUMBER,
+                    tile_rows=_NUMBER,
+                    tile_columns=_NUMBER,
+                ),
                 views=_list(
                     _object(
                         "The tokens kept of a view, by row-major index in its grid, and why.",
@@ -61,11 +86,27 @@ _ANSWERS: Final = {
                         grid_width=_NUMBER,
                         kept_indices=_list(_NUMBER),
                         kinds=_list(_TEXT),
+                        frame=_NUMBER,
+                        valid=_object(
+                            "The rows and columns that show the image; absent: all.",
+                            top=_NUMBER,
+                            left=_NUMBER,
+                            height=_NUMBER,
+                            width=_NUMBER,
+                        ),
+                        scores=_object(
+                            "Of every token, if `pruning.scores` asked for them; those that the method uses.",
+                            object=_list({"type": "number"}),
+                            deep=_list({"type": "number"}),
+                            similarity=_list({"type": "number"}),
+                        ),
+                        scores_left_out=_TEXT,
                     )
                 ),
-                timings_ms={"type": "object", "additionalProperties": {"type": "number"}},
+                timings_ms=_TIMINGS,
             )
         ),
+        timings_ms=_TIMINGS,
     ),
     "ChatCompletion": _object(
         "An answer.",
@@ -85,7 +126,8 @@ _ANSWERS: Final = {
         pruning=_ref("PruningReport"),
     ),
     "ChatCompletionChunk": _object(
-        "A piece of an answer: the data of one server-sent event. The first has `pruning`.",
+        "A piece of an answer: the data of one server-sent event. The first has `pruning`, and with "
+        "`pruning.report` so has the last that has a choice: `timings_ms` of the language model.",
         id=_TEXT,
         object={"const": "chat.completion.chunk"},
         created=_NUMBER,

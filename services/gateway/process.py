@@ -31,6 +31,7 @@ from hiprune.trust import LOOK_EVERY_S, Certificates
 from services.gateway.app import Gateway, make_app
 from services.gateway.backend import Backend
 from services.gateway.fetch import Fetcher
+from services.gateway.pages import Playground
 from services.gateway.settings import Settings
 
 log = logging.getLogger("hiprune.gateway")
@@ -67,10 +68,11 @@ async def run(settings: Settings) -> None:
         timeout_s=settings.image_timeout_ms / 1000,
     )
     gateway = Gateway(settings, backend, fetcher)
+    playground = Playground(settings)
     gateway.intake.watch()
     context = _context(settings)
     config = uvicorn.Config(
-        make_app(gateway),
+        make_app(gateway, playground),
         loop="none",
         http="h11",
         ws="none",

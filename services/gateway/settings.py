@@ -7,8 +7,9 @@ from typing import Annotated, ClassVar, Final
 
 from pydantic import Field, field_validator
 
-from hiprune.config import ProcessSettings
+from hiprune.config import EMBEDDED_MODEL, ProcessSettings
 
+_SAMPLES: Final = EMBEDDED_MODEL.parents[1] / "samples"
 _HOST: Final = re.compile(r"(\*\.)?([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)*[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 """A host's name, or all names below one."""
 
@@ -53,6 +54,13 @@ class Settings(ProcessSettings):
         10_000, ge=1, le=600_000, description="time to fetch one image, redirects included, in milliseconds"
     )
 
+    playground: bool = Field(True, description="serve the playground, a web page to ask on, at /")
+    samples: str = Field(
+        str(_SAMPLES),
+        description="folder of the pictures that the playground offers, with their questions in "
+        "questions.json; empty, or the default and not there: it offers none",
+    )
+
     @field_validator("image_hosts")
     @classmethod
     def _hosts_are_names(cls, hosts: str) -> str:
@@ -60,6 +68,11 @@ class Settings(ProcessSettings):
             if not _HOST.fullmatch(host):
                 raise ValueError(f"names of hosts, without port or path, and {host!r} is none")
         return hosts
+
+    @property
+    def samples_wanted(self) -> bool:
+        """Whether the operator has named a folder: then it must be one."""
+        return self.samples not in ("", str(_SAMPLES))
 
     @property
     def hosts(self) -> tuple[str, ...]:

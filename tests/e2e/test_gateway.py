@@ -51,7 +51,7 @@ async def openai_client(address: str) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 async def test_the_answer_over_http_is_the_answer_over_grpc(openai_client, client: Client):
-    policy = pb.PrunePolicy(method=pb.METHOD_HIPRUNE_PLUS_PLUS, keep_ratio=0.25)
+    policy = pb.PrunePolicy(method=pb.METHOD_HIPRUNE_PLUS_PLUS, keep_ratio=0.25, include_scores=True)
     for sample in questions()[:4]:
         there = await client.ask(
             sample["question"],
@@ -63,7 +63,7 @@ async def test_the_answer_over_http_is_the_answer_over_grpc(openai_client, clien
             model="llava",
             messages=[turn(sample["question"], sample["image"])],
             max_tokens=8,
-            extra_body={"pruning": {"method": "hiprune++", "keep": 0.25, "report": True}},
+            extra_body={"pruning": {"method": "hiprune++", "keep": 0.25, "scores": True}},
         )
         usage, expected = here.usage, there.completion.usage
         assert here.choices[0].message.content == there.text
@@ -76,6 +76,15 @@ async def test_the_answer_over_http_is_the_answer_over_grpc(openai_client, clien
         (view,) = there.report.media[0].views
         assert pruned["views"][0]["kept_indices"] == list(view.kept_indices)
         assert {"anchor", "buffer", "register", "text"} == set(pruned["views"][0]["kinds"])
+        tokens = view.grid_height * view.grid_width
+        assert {name: len(each) for name, each in pruned["views"][0]["scores"].items()} == dict.fromkeys(
+            ("object", "deep", "similarity"), tokens
+        )
+        assert pruned["policy"]["object_layer"] < pruned["policy"]["deep_layer"]
+        assert pruned["policy"]["keep"] == 0.25
+        assert pruned["text_model"]
+        details = usage.prompt_tokens_details
+        assert details.prefill_flops_after < details.prefill_flops_before
 
 
 async def test_a_stream_is_the_whole_answer_in_pieces(openai_client):

@@ -107,6 +107,9 @@ async def test_an_answer_comes_as_a_stream_that_openais_client_reads(client):
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == 3
     assert all(chunk.usage is None for chunk in chunks[:-1])
+    details = chunks[-1].usage.prompt_tokens_details
+    assert (details.prefill_flops_before, details.prefill_flops_after) == (9_000_000, 3_000_000)
+    assert not any(hasattr(chunk, "pruning") for chunk in chunks[1:])
 
 
 async def test_a_stream_ends_with_done_and_carries_usage_only_if_asked(client, url):
@@ -189,6 +192,27 @@ async def test_the_report_tells_which_tokens_were_kept_if_asked(client):
     assert view["kept_indices"] == list(range(65))
     assert set(view["kinds"]) == {"anchor"}
     assert (view["grid_height"], view["grid_width"]) == (14, 14)
+    assert "scores" not in view
+
+
+async def test_scores_come_if_asked_and_bring_the_report(client, llm):
+    answer = await client.chat.completions.create(
+        model=MODEL, messages=ASK, extra_body={"pruning": {"scores": True}}
+    )
+    assert llm.asked[0].request.policy == pruner_pb.PrunePolicy(include_scores=True)
+    (image_report,) = answer.pruning["images"]
+    assert image_report["policy"] == {"method": "hiprune", "keep": 65}
+    assert image_report["views"][0]["scores"] == {"object": [index / 4 for index in range(196)]}
+
+
+async def test_a_stream_with_a_report_ends_with_the_language_models_times(client):
+    stream = await client.chat.completions.create(
+        model=MODEL, messages=ASK, stream=True, extra_body={"pruning": {"report": True}}
+    )
+    chunks = [chunk async for chunk in stream]
+    assert chunks[0].pruning["images"][0]["timings_ms"] == {"select": 1.5}
+    assert chunks[-1].pruning == {"timings_ms": {"prefill": 12.25}}
+    assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 async def test_the_payloads_of_lmms_eval_are_answered(url, llm):
@@ -339,7 +363,12 @@ async def test_readiness_follows_the_llm(url, llm):
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
-    [("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405), ("GET", "/", 404)],
+    [
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/playground/nothing.js", 404),
+        ("POST", "/", 405),
+    ],
 )
 async def test_what_is_not_there_is_refused_in_openais_form(url, method, path, status):
     async with httpx2.AsyncClient() as http:

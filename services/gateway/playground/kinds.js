@@ -1,0 +1,44 @@
+// The kinds of kept tokens: each has a colour, a mark and words, so that none is told by colour alone.
+// The colours are Okabe and Ito's, as in the pictures that `hiprune ask --overlay` draws.
+
+export const KINDS = {
+  anchor: { colour: "#D55E00", says: "most attended in the object layer", mark: "M8 2a6 6 0 1 0 0 12a6 6 0 1 0 0-12z" },
+  buffer: { colour: "#E69F00", says: "beside an anchor", mark: "M8 2a6 6 0 1 0 0 12a6 6 0 1 0 0-12zM8 5.4a2.6 2.6 0 1 1 0 5.2a2.6 2.6 0 1 1 0-5.2z" },
+  register: { colour: "#0072B2", says: "most attended in the deep layer", mark: "M3 3h10v10H3z" },
+  text: { colour: "#CC79A7", says: "most like the question", mark: "M8 2l6.5 11.5h-13z" },
+  control: { colour: "#009E73", says: "kept without a look at the scores", mark: "M8 1l7 7l-7 7l-7-7z" },
+};
+
+export const METHODS = {
+  hiprune: "Anchors and their neighbours by the object layer, registers by the deep layer.",
+  "hiprune++": "As hiprune, and a share of the budget for what the question asks about.",
+  random: "A control: any tokens, the same for the same picture.",
+  strided: "A control: evenly spaced tokens.",
+  none: "Every token is kept.",
+};
+
+/** The layers of scores, in their order, and what each tells. */
+export const SCORES = {
+  object: { title: "Object layer", says: "attention that finds objects" },
+  deep: { title: "Deep layer", says: "attention that sums up the scene" },
+  similarity: { title: "Question", says: "likeness to the question" },
+};
+
+const paths = new Map();
+
+/** A kind's mark as a path of 16 by 16. */
+export function markOf(kind) {
+  if (!paths.has(kind)) paths.set(kind, new Path2D(KINDS[kind].mark));
+  return paths.get(kind);
+}
+
+// cividis: rises evenly in lightness, for every kind of colour vision
+const RAMP = [[0, 34, 78], [18, 53, 112], [59, 73, 108], [87, 93, 109], [112, 113, 115], [138, 134, 120], [165, 156, 116], [195, 179, 105], [225, 204, 85], [254, 232, 56]];
+
+/** The colour of a share in [0, 1]. */
+export function heat(share) {
+  const at = Math.max(0, Math.min(1, share)) * (RAMP.length - 1);
+  const low = Math.min(Math.floor(at), RAMP.length - 2);
+  const mixed = RAMP[low].map((from, i) => Math.round(from + (RAMP[low + 1][i] - from) * (at - low)));
+  return `rgb(${mixed.join(" ")})`;
+}
