@@ -11,10 +11,10 @@ VLLM_READY := .venv-vllm/ready
 NODE := tests/node/node_modules/.package-lock.json examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all test-vllm fuzz soak smoke check protos tables k8s bench bench-vllm
+.PHONY: help demo up test test-all test-vllm fuzz soak browser screenshots smoke check protos tables k8s bench bench-vllm
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: $(READY) ## ask about sample pictures with and without pruning, and draw what was kept
 	@$(BIN)/hiprune demo $(ARGS)
@@ -25,7 +25,7 @@ up: $(READY) ## keep the three services running and print their address
 test: $(READY) ## every test that needs Python alone
 	@$(BIN)/pytest -m "not extra" $(ARGS)
 
-test-all: check $(NODE) $(VLLM_READY) ## the linters, and all that `make test` leaves out: Node.js, vLLM, faults, fuzzing
+test-all: check $(NODE) browser $(VLLM_READY) ## the linters, and all that `make test` leaves out: Node.js, Chromium, vLLM, faults, fuzzing
 	@$(BIN)/pytest -m "extra and not vllm"
 	@$(VLLM_BIN)/python -m pytest -m vllm tests/vllm
 
@@ -39,6 +39,12 @@ fuzz: $(READY) ## more hostile inputs than test-all tries, other ones each time:
 
 soak: $(READY) ## half an hour at 80 % of capacity: is memory flat, is every answer right?
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
+browser: ## the Chromium that the playground is tested in, installed where that can be done
+	@$(PYTHON) tools/browser.py
+
+screenshots: $(READY) browser ## draw the playground's pictures in docs/images again
+	@$(BIN)/python -m tools.screenshots $(ARGS)
 
 smoke: $(READY) ## build the images, run them with docker-compose, kill them one by one, and measure
 	@deploy/smoke.sh $(ARGS)

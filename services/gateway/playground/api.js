@@ -45,6 +45,7 @@ export async function setup() {
 async function* events(answer, signal) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  let ended = false;
   for (;;) {
     let part;
     try {
@@ -53,13 +54,14 @@ async function* events(answer, signal) {
       if (signal.aborted) throw error;
       throw new ApiError("The connection broke before the answer had ended.", { code: "cut_off" });
     }
+    if (part.done && ended) return;
     if (part.done) throw new ApiError("The answer broke off.", { code: "cut_off" });
     const blocks = (rest + part.value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks) {
       const data = block.startsWith("data: ") ? block.slice("data: ".length) : "";
-      if (data === "[DONE]") return;
-      if (data) yield JSON.parse(data);
+      if (data === "[DONE]") ended = true;
+      else if (data) yield JSON.parse(data);
     }
   }
 }

@@ -29,6 +29,7 @@ async function asked() {
   running = controller;
   busy(true);
   try {
+    if (!find("model").value) await start(); // what is served was not there when the page came
     await (form.comparing ? compare(controller.signal) : one(controller.signal));
   } catch (error) {
     if (error.name !== "AbortError" && !controller.signal.aborted) form.refuse(error);
