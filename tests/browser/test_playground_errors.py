@@ -85,6 +85,15 @@ async def test_an_answer_is_shown_as_it_comes(visit: Visit, url: str, llm: Scrip
     await page.wait_for_selector("#answer-pruned[data-state=done]")
 
 
+async def test_an_answer_is_text_whatever_it_says(visit: Visit, url: str, llm: ScriptedLlm) -> None:
+    llm.words = ["<img src=x onerror=alert(1)>", "<b>bold</b>"]
+    page = await visit(url)
+    await ask(page)
+    await page.wait_for_selector("#answer-unpruned[data-state=done]")
+    assert await page.text_content("#answer-pruned .answer") == "".join(llm.words)
+    assert await page.locator(".answer > *").count() == 0
+
+
 async def test_of_a_spent_quota_it_is_told_when_to_come_back(
     visit: Visit, url: str, llm: ScriptedLlm
 ) -> None:

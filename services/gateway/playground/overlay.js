@@ -21,7 +21,7 @@ export function draw(canvas, shown) {
   canvas.style.setProperty("width", `${width}px`);
   canvas.style.setProperty("height", `${height}px`);
   const pen = canvas.getContext("2d");
-  pen.scale(density, density);
+  pen.scale(canvas.width / width, canvas.height / height);
   pen.fillStyle = "#fff"; // transparency, as the encoder has it
   pen.fillRect(0, 0, width, height);
   pen.imageSmoothingEnabled = true;

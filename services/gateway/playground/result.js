@@ -23,7 +23,7 @@ export function scopeOf(run) {
 /** Shows a run and its unpruned one, which may be null. */
 export function showResult(run, unpruned) {
   find("answers").hidden = !run;
-  showAnswer(find("answer-pruned"), run, run?.method === "none" ? "Unpruned" : "Pruned");
+  showAnswer(find("answer-pruned"), run, run?.method === "none" ? "Unpruned" : `Pruned: ${run?.method}`);
   showAnswer(find("answer-unpruned"), unpruned, "Unpruned");
   find("answer-unpruned").hidden = !unpruned;
   showFigures(run, unpruned);
@@ -35,7 +35,21 @@ function showAnswer(place, run, title) {
   place.dataset.state = run?.state ?? "none";
   answer.classList.toggle("error", Boolean(run?.error));
   answer.textContent = run?.error ? [run.text, run.error.message].filter(Boolean).join(" — ") : run?.text || (run?.state === "done" ? "(no words)" : "");
-  foot.textContent = run ? [scopeOf(run), stateOf(run), imageOf(run)?.text_note].filter(Boolean).join(" · ") : "";
+  foot.textContent = run ? footOf(run).filter(Boolean).join(" · ") : "";
+}
+
+/** What an answer took, in short. */
+function footOf(run) {
+  const image = imageOf(run);
+  if (!image) return [scopeOf(run), stateOf(run)];
+  const { prefill_flops_before: before, prefill_flops_after: after } = run.usage?.prompt_tokens_details ?? {};
+  return [
+    `${number(image.tokens_kept)} of ${number(image.tokens_before)} tokens`,
+    before && after < before ? `FLOPs × ${(after / before).toFixed(2)}` : "",
+    run.firstMs === null ? "" : `first word in ${milliseconds(run.firstMs)} ms`,
+    stateOf(run),
+    image.text_note,
+  ];
 }
 
 function stateOf(run) {

@@ -52,6 +52,7 @@ def up(
                 out.print(f"ready: [bold]127.0.0.1:{number}[/bold]   (the {service} alone)")
             if importlib.util.find_spec("fastapi") and importlib.util.find_spec("uvicorn"):
                 gateway = stack.start_gateway(http_port)
+                out.print(f"ready: [bold]http://{gateway}/[/bold]   (for a browser: the playground)")
                 out.print(f"ready: [bold]http://{gateway}/v1[/bold]   (for clients of OpenAI's API)")
             out.print(f"ready: [bold]{stack.address}[/bold]   (Ctrl-C stops it)")
             out.print(f'try:   hiprune ask IMAGE "question" --address {stack.address}', markup=False)
