@@ -42,7 +42,7 @@ async def visit(browser: Browser) -> AsyncIterator[Visit]:
             )
             ends.push_async_callback(made.close)
             page = await made.new_page()
-            page.set_default_timeout(15_000)
+            page.set_default_timeout(30_000)
             watched.append(Watched(page, url, refused))
             await page.goto(url)
             if ready:

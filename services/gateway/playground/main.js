@@ -9,13 +9,17 @@ import { Stage } from "./stage.js";
 
 const stage = new Stage();
 const comparison = new Comparison(open);
-const form = new Form({ changed: showPicture, asked: asked, cancelled: cancel });
+const form = new Form({ changed: takePicture, asked, cancelled: cancel });
 let running = null; // the AbortController of what is under way
 let last = null; // the unpruned answer, and what it was asked with
 let counting = 0; // the timer that says when to come back
 
+function takePicture(picture) {
+  cancel();
+  showPicture(picture);
+}
+
 function showPicture(picture) {
-  if (running) cancel();
   find("compare").hidden = true;
   stage.show(picture, null, "Ask, and see which tokens of the picture stay.");
   showResult(null, null);
@@ -71,8 +75,13 @@ async function one(signal) {
     showResult(run, unpruned);
   });
   await ask(body, form.key, signal, run, show);
+  if (run.error) {
+    unpruned = null;
+    show.now();
+    if (!imageOf(run)) showPicture(picture); // what stood there was another answer's
+    return wrong(run.error);
+  }
   show.now();
-  if (run.error) return wrong(run.error);
   say(`Answer: ${run.text.trim()}. ${scopeOf(run)}.`);
   if (unpruned?.state === "waiting") {
     await ask(plain, form.key, signal, unpruned, show);
@@ -145,10 +154,11 @@ function wrong(error, before = "") {
   if (!error.retryAfterS) return;
   const until = performance.now() + 1000 * error.retryAfterS;
   const place = find("form-error");
+  const said = error.message.replace(/\.$/, "");
   clearInterval(counting);
   const count = () => {
     const left = Math.ceil((until - performance.now()) / 1000);
-    place.textContent = left > 0 ? `${error.message} Again in ${left} s.` : `${error.message} You may try again now.`;
+    place.textContent = `${said}. ${left > 0 ? `Again in ${left} s.` : "You may try again now."}`;
     if (left <= 0) clearInterval(counting);
   };
   place.setAttribute("aria-live", "off"); // said once, not every second
@@ -183,7 +193,7 @@ async function start() {
   try {
     const found = await models(form.key);
     form.offer(found);
-    served.textContent = found.length ? [...new Set([found[0].id, found[0].family]), `${number(found[0].context_length)} tokens of context`].join(" · ") : "no model is served";
+    served.textContent = found.length ? [...new Set([found[0].id, found[0].family].filter(Boolean)), `${number(found[0].context_length)} tokens of context`].join(" · ") : "no model is served";
     served.dataset.state = "ready";
   } catch (error) {
     served.dataset.state = "failed";

@@ -57,6 +57,7 @@ export class Stage {
     this.#scale();
     this.#lists();
     this.#tell();
+    find("canvas-keys").hidden = !this.#view;
     this.frame.setAttribute("aria-label", this.#summary());
     this.draw();
   }
