@@ -333,6 +333,20 @@ async def test_a_file_that_is_no_picture_is_refused_before_it_is_sent(visit: Vis
         await page.wait_for_selector(f"#picture-error:has-text('{says}')")
 
 
+async def test_a_picture_that_the_encoder_refuses_is_refused_beside_it(visit: Visit, address: str) -> None:
+    page = await visit(address, refused=True)
+    await page.wait_for_selector(SAMPLED)
+    thin = BytesIO()
+    Image.new("RGB", (1, 300), "red").save(thin, "PNG")
+    file = {"name": "thin.png", "mimeType": "image/png", "buffer": thin.getvalue()}
+    await page.set_input_files("#file", file)
+    await page.wait_for_selector("#picture-name:has-text('thin.png')")
+    await page.click("#submit")
+    await page.wait_for_selector("#picture-error:has-text('image_url.url')")
+    assert await focused(page) == "file"
+    assert await page.is_hidden("#answers")
+
+
 async def test_methods_and_retentions_are_compared_in_a_grid_of_which_each_opens(
     visit: Visit, address: str
 ) -> None:

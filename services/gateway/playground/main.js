@@ -64,9 +64,11 @@ async function one(signal) {
   const run = { method: form.method, keep: form.keep };
   const body = form.body(run.method, run.keep);
   const plain = form.body("none");
-  const known = JSON.stringify({ ...plain, key: form.key });
+  const [, question] = plain.messages[0].content;
+  const asking = JSON.stringify({ ...plain, messages: question.text, key: form.key });
+  const known = last?.picture === picture && last.asking === asking && !plain.temperature;
   let unpruned = null;
-  if (form.wantsUnpruned && run.method !== "none") unpruned = last?.known === known && !plain.temperature ? last.run : { method: "none", state: "waiting" };
+  if (form.wantsUnpruned && run.method !== "none") unpruned = known ? last.run : { method: "none", state: "waiting" };
   find("compare").hidden = true;
   reveal();
   say("Asking.");
@@ -87,18 +89,17 @@ async function one(signal) {
     await ask(plain, form.key, signal, unpruned, show);
     show.now();
     if (unpruned.error) return wrong(unpruned.error);
-    last = { known, run: unpruned };
+    last = { picture, asking, run: unpruned };
     say(`Unpruned: ${unpruned.text.trim()}.`);
   }
   return null;
 }
 
 async function compare(signal) {
-  const { picture } = form;
   const { methods, keeps } = form.cells;
-  const bodies = new Map();
-  const runs = comparison.begin(methods, keeps, picture ?? refusePicture());
-  for (const run of runs) bodies.set(run, form.body(run.method, run.keep));
+  form.body("none"); // says what is missing before a grid is made for it
+  const runs = comparison.begin(methods, keeps, form.picture);
+  const bodies = new Map(runs.map((run) => [run, form.body(run.method, run.keep)]));
   const progress = find("progress");
   Object.assign(progress, { hidden: false, max: runs.length, value: 0 });
   say(`Comparing ${runs.length} answers.`);
@@ -126,10 +127,6 @@ async function compare(signal) {
     note();
   }
   say(`${comparison.done} of ${runs.length} answers are there.`);
-}
-
-function refusePicture() {
-  form.body("none");
 }
 
 function note() {
