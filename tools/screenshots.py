@@ -38,6 +38,7 @@ def main() -> None:
         page.check("[name=layer][value=object]", force=True)
         page.focus("#canvas")
         page.keyboard.press("n")
+        page.evaluate("scrollTo(0, 0)")
         _take(page, folder / "playground-dark.png")
         page = _page(started, url, "light")
         page.check("[name=mode][value=compare]", force=True)
