@@ -44,11 +44,11 @@ class Watched:
         return [*self.errors, *(f"asked {host}" for host in self.hosts - {self._host})]
 
 
-async def serious(page: Page) -> list[str]:
-    """What axe finds serious or critical in the page as it is."""
+async def serious(page: Page, within: str = "html") -> list[str]:
+    """What axe finds serious or critical in the page, or in a part of it, as it is."""
     assert AXE.exists(), "no axe-core: npm --prefix tests/node ci"
     await page.evaluate(AXE.read_text("utf-8"))
-    found = await page.evaluate("async () => (await axe.run(document)).violations")
+    found = await page.evaluate("async (within) => (await axe.run(within)).violations", within)
     return [
         f"{each['id']}: {node['target']} {node['failureSummary']}"
         for each in found
