@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from services.gateway.app import Gateway, make_app
+from services.gateway.pages import Playground
+from services.gateway.settings import Settings
 
 ROOT: Final = Path(__file__).resolve().parent.parent
 PAGE: Final = ROOT / "docs" / "reference" / "http.md"
@@ -24,8 +26,9 @@ Schema = Mapping[str, Any]
 
 
 def described() -> Schema:
-    """The OpenAPI document. No handler runs, so there is no gateway behind it."""
-    found: Schema = make_app(cast(Gateway, None)).openapi()
+    """The OpenAPI document. No handler runs, so there is no gateway behind it; pages are no part of it."""
+    no_pages = Playground(Settings.read(["--no-playground"], {}))
+    found: Schema = make_app(cast(Gateway, None), no_pages).openapi()
     return found
 
 

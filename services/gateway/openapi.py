@@ -99,6 +99,7 @@ _ANSWERS: Final = {
                             object=_list({"type": "number"}),
                             deep=_list({"type": "number"}),
                             similarity=_list({"type": "number"}),
+                            cls=_list({"type": "number"}),
                         ),
                         scores_left_out=_TEXT,
                     )

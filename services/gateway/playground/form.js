@@ -190,7 +190,7 @@ export class Form {
     find("methods").addEventListener("change", tell);
     tell();
     const compared = Object.keys(METHODS).filter((method) => method !== "none");
-    find("compared-methods").replaceChildren(...compared.map((method) => pill("compared", "checkbox", method, method !== "strided")));
+    find("compared-methods").replaceChildren(...compared.map((method) => pill("compared", "checkbox", method, !["strided", "visionzip", "divprune"].includes(method))));
   }
 
   #keep() {

@@ -7,11 +7,15 @@ export const KINDS = {
   register: { colour: "#0072B2", says: "most attended in the deep layer", mark: "M3 3h10v10H3z" },
   text: { colour: "#CC79A7", says: "most like the question", mark: "M8 2l6.5 11.5h-13z" },
   control: { colour: "#009E73", says: "kept without a look at the scores", mark: "M8 1l7 7l-7 7l-7-7z" },
+  dominant: { colour: "#56B4E9", says: "most attended by CLS", mark: "M5 2h6l4 6l-4 6h-6l-4-6z" },
+  diverse: { colour: "#F0E442", says: "unlike the others kept", mark: "M6 2h4v4h4v4h-4v4h-4v-4h-4v-4h4z" },
 };
 
 export const METHODS = {
   hiprune: "Anchors and their neighbours by the object layer, registers by the deep layer.",
   "hiprune++": "As hiprune, and a share of the budget for what the question asks about.",
+  visionzip: "A peer: the tokens that CLS attends to most, in the deep layer.",
+  divprune: "A peer: the tokens that are least alike.",
   random: "A control: any tokens, the same for the same picture.",
   strided: "A control: evenly spaced tokens.",
   none: "Every token is kept.",
@@ -21,6 +25,7 @@ export const METHODS = {
 export const SCORES = {
   object: { title: "Object layer", says: "attention that finds objects" },
   deep: { title: "Deep layer", says: "attention that sums up the scene" },
+  cls: { title: "CLS", says: "attention from CLS" },
   similarity: { title: "Question", says: "likeness to the question" },
 };
 

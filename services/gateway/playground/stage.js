@@ -75,7 +75,7 @@ export class Stage {
     if (!names.includes(this.layer)) this.layer = "kept";
     place.hidden = !view;
     const policy = this.pruned?.policy ?? {};
-    const titles = { kept: "Kept tokens", image: "Picture alone", object: `Object layer ${policy.object_layer ?? ""}`, deep: `Deep layer ${policy.deep_layer ?? ""}`, similarity: SCORES.similarity.title };
+    const titles = { kept: "Kept tokens", image: "Picture alone", object: `Object layer ${policy.object_layer ?? ""}`, deep: `Deep layer ${policy.deep_layer ?? ""}`, cls: SCORES.cls.title, similarity: SCORES.similarity.title };
     this.thumbs = new Map();
     const choices = names.map((name) => {
       const thumb = el("canvas", { "aria-hidden": "true" });
