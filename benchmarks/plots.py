@@ -17,21 +17,29 @@ COLOURS: Final = ("#2f81f7", "#d9730d", "#2da44e", "#a371f7", "#cf4a6b", "#8c8c2
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes. Labels carry their units; `lines` are points by name, `bars` lengths by name."""
+    """One pair of axes. Labels carry their units; `lines` are points by name, `bars` lengths by name.
+
+    `bands` are how sure the line of that name is.
+    """
 
     x: str
     y: str = ""
     title: str = ""
     lines: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] = field(default_factory=dict)  # x, low, high
     bars: Mapping[str, float] = field(default_factory=dict)
     limit: float | None = None  # a dashed line: across at this y, of bars upright at this x
     log_x: bool = False
     log_y: bool = False
     ticks: Sequence[float] = ()  # on x; none: as drawn
+    bottom: float = 0.0  # of y, where it is not logarithmic
+    legend: bool = True
 
 
-def plot(name: str, panels: Sequence[Panel], *, folder: Path | None = None) -> Path | None:
+def plot(name: str, panels: Sequence[Panel], *, folder: Path | None = None, columns: int = 0) -> Path | None:
     """Draws the panels side by side into `results/NAME.svg`; None where there is no matplotlib.
+
+    `columns` panels in a row; 0: all of them.
 
     No ground and middling ink, so that it reads on light pages and on dark ones.
     """
@@ -56,8 +64,14 @@ def plot(name: str, panels: Sequence[Panel], *, folder: Path | None = None) -> P
         "svg.hashsalt": name,  # the same figures, the same bytes
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=(5 * len(panels), 3.2), layout="constrained")
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        columns = columns or len(panels)
+        rows = math.ceil(len(panels) / columns)
+        width = 5 if rows == 1 else 3.4
+        figure = Figure(figsize=(width * columns, (3.2 if rows == 1 else 2.6) * rows), layout="constrained")
+        every = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes in every[len(panels) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(every, panels, strict=False):
             (_draw_bars if panel.bars else _draw_lines)(axes, panel)
             axes.set_xlabel(panel.x)
             axes.set_ylabel(panel.y)
@@ -72,6 +86,8 @@ def _draw_lines(axes: Any, panel: Panel) -> None:
 
     for colour, (label, points) in zip(COLOURS, panel.lines.items(), strict=False):
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label, color=colour)
+        if label in panel.bands:
+            axes.fill_between(*zip(*panel.bands[label], strict=True), color=colour, alpha=0.15, linewidth=0)
     if panel.limit is not None:
         axes.axhline(panel.limit, color=INK, linestyle="--", linewidth=1)
     if panel.log_x:
@@ -83,13 +99,13 @@ def _draw_lines(axes: Any, panel: Panel) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.7g}"))
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=panel.bottom)
     if panel.ticks:
         axes.set_xticks(panel.ticks)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, place: _size(value)))
     axes.grid(axis="y")
-    if len(panel.lines) > 1:
+    if len(panel.lines) > 1 and panel.legend:
         axes.legend()
 
 

@@ -298,13 +298,15 @@ def write(
     *,
     device: str = "cpu",
     targets: Sequence[Mapping[str, Any]] = (),
+    folder: Path | None = None,
 ) -> Path:
     """Writes `results/NAME.json` and returns its path. `claim` is the sentence that the figures are about.
 
-    `NAME` begins with the name of the benchmark's module.
+    `NAME` begins with the name of the benchmark's module. `folder`: another than `results`.
     """
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     content = {
         "benchmark": name,
         "claim": claim,
