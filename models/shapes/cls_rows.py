@@ -44,12 +44,17 @@ class ClsRows:
             for layer, module in self._attention.items()
         ]
         try:
-            with Image.open(io.BytesIO(image)) as picture:
-                self._tower.encode([self._tower.prepare(picture.convert("RGB"))], (), [False])
+            self._tower.model(pixel_values=self.pixels(image))
         finally:
             for hook in hooks:
                 hook.remove()
         return rows
+
+    def pixels(self, image: bytes) -> torch.Tensor:
+        """What the tower sees, (1, 3, h, w) float32."""
+        with Image.open(io.BytesIO(image)) as picture:
+            found: torch.Tensor = self._tower.prepare(picture.convert("RGB")).pixels
+        return found
 
 
 def _recorder(rows: dict[int, Scores], layer: int) -> Any:

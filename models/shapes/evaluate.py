@@ -76,18 +76,20 @@ class Record:
 def run(plan: Plan, workers: int = 0, step: Callable[[], None] = lambda: None) -> list[Record]:
     """Examines; one record a scene, by number. `step` is called after each; `workers` 0: a process a core.
 
-    Raises StackError, CheckpointError; grpc.aio.AioRpcError where the service refuses a variant.
+    Starts encoder and pruner, and ends them. Raises StackError, CheckpointError; grpc.aio.AioRpcError where
+    the service refuses a variant.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with (
-        services(plan.model) as running,
-        ProcessPoolExecutor(
-            min(workers or cores, plan.scenes),
-            multiprocessing.get_context("spawn"),
-            initializer=_begin,
-            initargs=(plan, running),
-        ) as pool,
-    ):
+    with services(plan.model) as running:
+        return shared_out(plan, running, min(workers or cores, plan.scenes), step)
+
+
+def shared_out(
+    plan: Plan, running: Services, workers: int, step: Callable[[], None] = lambda: None
+) -> list[Record]:
+    """As `run`, through an encoder and a pruner that run already."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, initializer=_begin, initargs=(plan, running)) as pool:
         waiting = [pool.submit(_examine, number) for number in range(plan.scenes)]
         try:
             records = []

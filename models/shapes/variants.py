@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from hiprune.budgets import keep_of_ratio
 from hiprune.families import Facts
-from hiprune.tenants import METHODS
+from hiprune.policies import METHODS
 from hiprune.v1 import pruner_service_pb2 as pb
 from models.shapes.prunings import Encoded, Kept, Prunings
 from services.pruner.policy import DEFAULT_ALPHA, DEFAULT_BETA
-from services.pruner.selection import keep_of_ratio, random_tokens
+from services.pruner.selection import random_tokens
 
 RATIOS: Final[Mapping[str, float]] = {"1/3": 1 / 3, "2/9": 2 / 9, "1/9": 1 / 9, "1/18": 1 / 18}
 """192, 128 and 64 of 576, the paper's budgets, and half of its smallest."""

@@ -13,7 +13,21 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hiprune.commands import ask, bench, cache, compare, doctor, export_lm, flops, options, prune, tenants, up
+from hiprune.commands import (
+    ask,
+    bench,
+    cache,
+    compare,
+    doctor,
+    evaluate,
+    export_lm,
+    flops,
+    options,
+    prune,
+    suggest_layer,
+    tenants,
+    up,
+)
 
 
 class _Group(TyperGroup):
@@ -49,6 +63,8 @@ app.command()(doctor.doctor)
 app.command()(up.up)
 app.command()(up.demo)
 app.command()(flops.flops)
+app.command()(evaluate.evaluate)
+app.command(name="suggest-layer")(suggest_layer.suggest_layer)
 app.command(name="export-lm")(export_lm.export_lm)
 app.add_typer(cache.app, name="cache")
 app.add_typer(tenants.app, name="tenant")

@@ -1,0 +1,65 @@
+"""Training from nothing, on a schedule so short that it runs in CI, learns."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from models.shapes.batches import HELD_OUT, Batches
+from models.shapes.learner import Learner
+from models.shapes.train import make_learner, make_optimizers, train
+
+STEPS = 40
+PICTURES = 6
+LEARNING_RATE = 5e-3
+"""Higher than training's own: a schedule of 40 steps ends before its warm-up does."""
+
+
+def seen(learner: Learner) -> dict[str, float]:
+    """Of held-out patches that show a thing: colours told right, and how far off middles are, in widths."""
+    batch = Batches(HELD_OUT, 12, 1)[0]
+    every = torch.arange(batch.owners.shape[1]).expand(len(batch.owners), -1)
+    with torch.inference_mode():
+        features, _ = learner.eval().see(batch, every)
+        normed = learner.norm(features)
+        thing = batch.owners > 0
+        colours = batch.colours.gather(1, batch.owners)
+        middles = batch.middles.gather(1, batch.owners[..., None].expand(-1, -1, 2))
+        told = learner.colour(normed).argmax(-1)
+        off = (learner.middle(normed) - middles).norm(dim=-1)
+    return {
+        "colour": float((told == colours)[thing].float().mean()),
+        "middle": float(off[thing].mean()),
+        "commonest": float(colours[thing].bincount().max() / thing.sum()),
+    }
+
+
+@pytest.mark.extra
+def test_a_shortened_schedule_learns_from_nothing(tmp_path):
+    options = argparse.Namespace(
+        seed=1,
+        batch=PICTURES,
+        questions=5,
+        steps=STEPS,
+        workers=0,
+        look=1,
+        learning_rate=LEARNING_RATE,
+        minutes=0,
+    )
+    torch.manual_seed(options.seed)
+    learner = make_learner()
+    before = seen(learner)
+    train(learner, make_optimizers(learner, options.learning_rate), options, tmp_path, 0, torch.device("cpu"))
+    after = seen(learner)
+    assert after["colour"] > 2 * max(before["colour"], before["commonest"]), (before, after)
+    assert after["middle"] < 0.6 * before["middle"], (before, after)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    answers = [line["answer"] for line in lines if "answer" in line]
+    # the language model begins when the tower has something to tell; chance over its words is log(90) = 4.5
+    assert len(answers) == STEPS - round(0.35 * STEPS)
+    assert sum(answers[-4:]) / 4 < 0.7 * answers[0]
+    assert json.loads((tmp_path / "state.json").read_text("utf-8"))["step"] == STEPS
