@@ -11,7 +11,7 @@ VLLM_READY := .venv-vllm/ready
 NODE := tests/node/node_modules/.package-lock.json examples/node/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test test-all test-vllm fuzz soak browser screenshots smoke check protos tables k8s bench bench-vllm
+.PHONY: help demo up test test-all test-vllm fuzz evaluate soak browser screenshots smoke check protos tables k8s bench bench-vllm
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,10 @@ test-vllm: $(VLLM_READY) ## the tests of the engine vllm, in an environment of i
 TIMES ?= 20
 fuzz: $(READY) ## more hostile inputs than test-all tries, other ones each time: make fuzz TIMES=20
 	@HIPRUNE_FUZZ=$(TIMES) $(BIN)/pytest -m extra tests/fuzz $(ARGS)
+
+evaluate: $(READY) ## accuracy against retention on the included model, in about a quarter of an hour
+	@$(BIN)/hiprune evaluate $(ARGS)
+	@$(BIN)/python tools/evaluation_tables.py
 
 soak: $(READY) ## half an hour at 80 % of capacity: is memory flat, is every answer right?
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
@@ -66,6 +70,7 @@ tables: $(READY) ## refill the generated tables in services/*/README.md and docs
 	@$(BIN)/python tools/settings_tables.py
 	@$(BIN)/python tools/telemetry_tables.py
 	@$(BIN)/python tools/http_reference.py
+	@$(BIN)/python tools/evaluation_tables.py
 
 k8s: $(READY) ## render deploy/k8s/rendered again, with kubectl 1.27 or newer
 	@$(BIN)/python tools/render_k8s.py
