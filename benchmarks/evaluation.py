@@ -49,6 +49,7 @@ def measure(
     from hiprune.checkpoints import digest_of_all, open_checkpoint
     from models.shapes import summary
     from models.shapes.evaluate import Plan, run
+    from models.shapes.questions import TYPES
 
     if scenes < 2:
         raise ValueError(f"scenes: got {scenes}, expected at least 2")
@@ -77,8 +78,9 @@ def measure(
         },
         "accuracy": {
             "questions": {
-                kind: sum(record.types.count(kind) for record in records)
-                for kind in dict.fromkeys(kind for record in records for kind in record.types)
+                kind: number
+                for kind in TYPES
+                if (number := sum(record.types.count(kind) for record in records))
             },
             "rows": summary.accuracy(records, variants, seed),
             "plus_plus_at_ninth": summary.plus_plus(records, variants, seed, "1/9").content(),
@@ -135,16 +137,25 @@ def show(results: dict[str, Any]) -> None:
     kinds = list(accuracy["questions"])
     report.table(
         "accuracy, %",
-        ("method", "budget", "tokens", *kinds, "mean", "95 %", "of unpruned"),
+        ("method", "kept", *kinds),
+        [
+            (
+                row["method"],
+                row["budget"],
+                *(f"{100 * row['by_type'][kind]['value']:.1f}" for kind in kinds),
+            )
+            for row in accuracy["rows"]
+        ],
+    )
+    report.table(
+        "mean over types, %, and in brackets what holds 95 %",
+        ("method", "kept", "tokens", "accuracy", "of unpruned", "less random"),
         [
             (
                 row["method"],
                 row["budget"],
                 f"{row['tokens']:g}",
-                *(f"{100 * row['by_type'][kind]['value']:.1f}" for kind in kinds),
-                f"{100 * row['mean']['value']:.1f}",
-                f"{100 * row['mean']['low']:.1f}–{100 * row['mean']['high']:.1f}",
-                f"{100 * row['of_unpruned']['value']:.1f}" if "of_unpruned" in row else "",
+                *(_shown(row.get(name)) for name in ("mean", "of_unpruned", "minus_random")),
             )
             for row in accuracy["rows"]
         ],
@@ -152,15 +163,13 @@ def show(results: dict[str, Any]) -> None:
     if "ablations" in results:
         report.table(
             f"ablations on {results['ablations']['scenes']} scenes, mean accuracy, %",
-            ("group", "value", "budget", "mean", "to the default", "95 %"),
+            ("", "kept", "accuracy", "less the default"),
             [
                 (
-                    row["group"],
-                    row["name"] + (" (default)" if row["served"] else ""),
+                    f"{row['group']}: {row['name']}",
                     row["budget"],
                     f"{100 * row['mean']['value']:.1f}",
-                    f"{100 * row['minus_served']['value']:+.1f}",
-                    f"{100 * row['minus_served']['low']:+.1f}–{100 * row['minus_served']['high']:+.1f}",
+                    "default" if row["served"] else _shown(row["minus_served"]),
                 )
                 for row in results["ablations"]["rows"]
             ],
@@ -183,6 +192,13 @@ def show(results: dict[str, Any]) -> None:
             for row in layers["rows"]
         ],
     )
+
+
+def _shown(found: dict[str, float] | None) -> str:
+    if found is None:
+        return ""
+    value, low, high = (100 * found[name] for name in ("value", "low", "high"))
+    return f"{value:.1f} ({low:.1f}…{high:.1f})"
 
 
 def draw(results: dict[str, Any], folder: Path | None = None) -> None:
@@ -237,17 +253,23 @@ def _ablation_panels(ablations: dict[str, Any]) -> list[plots.Panel]:
                 bands.setdefault(label, []).append((x, 100 * mean["low"], 100 * mean["high"]))
         return points, bands
 
+    # differences are small, so all panels begin a little below the least of all
+    bottom = 10 * (100 * min(row["mean"]["low"] for row in ablations["rows"]) // 10)
     panels = []
     swept, swept_bands = lines("object layer", ", alpha 0.1")
     alone, alone_bands = lines("object layer, alpha 1", ", alpha 1")
     panels.append(
         plots.Panel(
-            x="object layer", y="mean accuracy, %", lines=swept | alone, bands=swept_bands | alone_bands
+            x="object layer",
+            y="mean accuracy, %",
+            lines=swept | alone,
+            bands=swept_bands | alone_bands,
+            bottom=bottom,
         )
     )
     for group in ("alpha", "beta"):
         points, bands = lines(group)
-        panels.append(plots.Panel(x=group, y="mean accuracy, %", lines=points, bands=bands))
+        panels.append(plots.Panel(x=group, y="mean accuracy, %", lines=points, bands=bands, bottom=bottom))
     return panels
 
 

@@ -104,7 +104,7 @@ def differences(results: Mapping[str, Content]) -> str:
     """Paired differences, and what explains them."""
     lines = [
         "| method | kept | less unpruned | less random | things among the kept | "
-        "what is asked about is shown | answered less true count |",
+        "what is asked about is shown | count answered less the true one |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in results["evaluation"]["results"]["rows"]:

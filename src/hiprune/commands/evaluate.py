@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -48,6 +50,8 @@ def evaluate(
     if importlib.util.find_spec("benchmarks") is None:
         raise typer.BadParameter("is a command of a checkout: the scenes are not part of the package")
     evaluation: Any = importlib.import_module(_MODULE)
+    # the services and the processes beside them end with this one, also where it is told to
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         results = _measure(
             evaluation,

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +45,8 @@ def suggest_layer(
 ) -> None:
     """Proposes an object layer, from the attention that pictures get in every layer."""
     paths = _pictures(images)
+    # the encoder ends with this process, also where it is told to
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         checkpoint = open_checkpoint(model)
         views = _views(checkpoint, paths)
