@@ -19,7 +19,6 @@ import numpy.typing as npt
 import torch
 
 from hiprune.checkpoints import open_checkpoint
-from models.shapes.cls_rows import ClsRows
 from models.shapes.exam import Sheet, sheet, token_owners
 from models.shapes.prunings import Kept, Prunings, Services, services
 from models.shapes.reader import Answer, Look, Reader
@@ -112,22 +111,21 @@ class Examiner:
         self._reader = Reader(checkpoint)
         self._methods = methods()
         self._ablations = ablations(checkpoint.facts) if plan.ablation_scenes else []
-        self._cls = ClsRows(checkpoint) if plan.ablation_scenes else None
 
     async def examine(self, number: int) -> Record:
         """Scene `number`, under every variant."""
         asked = sheet(self._plan.seed, number, self._plan.each)
         encoded = await self._prunings.encoded(asked.image)
-        variants, cls = list(self._methods), {}
-        if number < self._plan.ablation_scenes and self._cls is not None:
+        variants = list(self._methods)
+        ablated = number < self._plan.ablation_scenes
+        if ablated:
             variants += self._ablations
-            cls = dict(self._cls.of(asked.image))
         owners = token_owners(asked.owners, encoded.grid)
         questions = [question.text for question in asked.questions]
         answers = _Answers(self._reader, encoded.grid)
         found = []
         for variant in variants:
-            left = await kept(variant, self._prunings, asked.image, encoded, cls, questions)
+            left = await kept(variant, self._prunings, asked.image, encoded, questions)
             found.append(_found(answers.of(left, questions), left, asked, owners))
         return Record(
             number=number,
@@ -137,7 +135,7 @@ class Examiner:
             grid=encoded.grid,
             owners=owners,
             scores=encoded.scores,
-            cls=cls,
+            cls=encoded.cls if ablated else {},
         )
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from hiprune import tensors
-from hiprune.client import connect
+from hiprune.calls import connect
 from hiprune.stack import Stack
 from hiprune.v1 import (
     encoder_service_pb2,
@@ -59,6 +59,7 @@ class Encoded:
     grid: tuple[int, int]
     features: torch.Tensor  # (N, D)
     scores: Mapping[int, Scores]  # 1-based layer → (N,)
+    cls: Mapping[int, Scores]  # likewise, from CLS alone; empty for a tower without one
     message: encoder_service_pb2.View
 
 
@@ -109,12 +110,16 @@ class Prunings:
         )
         response = await self._encoder.EncodeImage(request, timeout=_TIMEOUT_S)
         (view,) = response.views
-        scores = {
-            entry.layer: tensors.from_proto(entry.scores, field="scores", shape=(None,)).numpy()
-            for entry in view.attention
-        }
+        scores, cls = (
+            {
+                entry.layer: tensors.from_proto(getattr(entry, name), field=name, shape=(None,)).numpy()
+                for entry in view.attention
+                if entry.HasField(name)
+            }
+            for name in ("scores", "cls_scores")
+        )
         features = tensors.from_proto(view.features, field="features", shape=(None, None))
-        return Encoded((view.grid_height, view.grid_width), features, scores, view)
+        return Encoded((view.grid_height, view.grid_width), features, scores, cls, view)
 
     async def pruned(self, image: bytes, policy: pruner_service_pb2.PrunePolicy, question: str) -> Kept:
         """What PruneImage leaves, as the llm would get it. Raises grpc.aio.AioRpcError."""

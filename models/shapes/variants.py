@@ -121,14 +121,13 @@ async def kept(
     prunings: Prunings,
     image: bytes,
     encoded: Encoded,
-    cls: Mapping[int, Scores],
     questions: Sequence[str],
 ) -> list[Kept]:
     """What each question's answer is read from; one object for all of them where the question is not read."""
     if variant.draw:
         return [_drawn(variant, image, encoded)] * len(questions)
     if variant.scores is not None:
-        of = {"layer": encoded.scores, "cls": cls}
+        of = {"layer": encoded.scores, "cls": encoded.cls}
         object_scores, deep_scores = (of[kind][layer] for kind, layer in variant.scores)
         policy = variant.proto()
         if variant.bare:

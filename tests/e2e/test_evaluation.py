@@ -64,7 +64,7 @@ async def test_many_questions_at_a_time_are_answered_as_the_service_answers_each
         for variant in methods():
             if variant.budget not in BUDGETS or variant.draw:
                 continue
-            left = await kept(variant, asking, asked.image, encoded, {}, questions)
+            left = await kept(variant, asking, asked.image, encoded, questions)
             looks = [
                 Look(each.features, each.indices, encoded.grid, (question,))
                 for each, question in zip(left, questions, strict=True)
@@ -96,7 +96,7 @@ async def test_the_ablations_defaults_are_what_the_service_keeps_by_itself(stack
             policy = variant.proto()
             default = pruner_service_pb2.PrunePolicy(method=method, keep_ratio=policy.keep_ratio)
             question = asked.questions[0].text
-            (left,) = await kept(variant, asking, asked.image, encoded, {}, [question])
+            (left,) = await kept(variant, asking, asked.image, encoded, [question])
             served = await asking.pruned(asked.image, default, question)
             assert left.indices.tolist() == served.indices.tolist(), variant
             torch.testing.assert_close(left.features, served.features, rtol=0, atol=0)

@@ -6,15 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
-from transformers import CLIPVisionModel
 
-from hiprune.checkpoints import open_checkpoint
 from hiprune.families import facts_of
 from hiprune.tenants import METHODS
 from models.shapes import batches, summary
 from models.shapes.architecture import vision_config
-from models.shapes.cls_rows import ClsRows
 from models.shapes.evaluate import Found, Record
 from models.shapes.exam import FIRST_SEED, sheet, token_owners
 from models.shapes.intervals import Bootstrap, estimate, wilson
@@ -22,7 +18,6 @@ from models.shapes.questions import TYPES
 from models.shapes.scenes import GRID, SIDE, patch_owners, scene
 from models.shapes.variants import ABLATED, DRAWS, RATIOS, ablations, lifted, methods
 from services.pruner.selection import TokenKind, hiprune
-from tests.tiny import make_llava
 
 LLAVA = {"vision_config": vision_config().to_dict()}
 
@@ -129,28 +124,6 @@ def test_anchors_without_buffers_are_the_anchors_and_then_registers():
     rest = [token for token in np.argsort(-deep, kind="stable") if token not in anchors]
     assert len(anchors) > 1
     assert set(bare.indices) == {*anchors, *rest[: keep - len(anchors)]}
-
-
-def test_a_cls_row_is_eager_attentions(tmp_path):
-    path = make_llava(tmp_path)
-    checkpoint = open_checkpoint(str(path))
-    image = sheet(0, 0, 1).image
-    rows = ClsRows(checkpoint)
-    found = rows.of(image)
-    config = checkpoint.config["vision_config"]
-    model = CLIPVisionModel.from_pretrained(
-        path,
-        config=type(vision_config())(**config),
-        key_mapping={checkpoint.facts.vision_keys.pattern: ""},
-        attn_implementation="eager",
-        dtype=torch.float32,
-    ).eval()
-    with torch.inference_mode():
-        attention = model(pixel_values=rows.pixels(image), output_attentions=True).attentions
-    assert sorted(found) == list(range(1, checkpoint.facts.deep_layer + 1))
-    for layer, row in found.items():
-        expected = attention[layer - 1][0].mean(0)[0, 1:]
-        torch.testing.assert_close(torch.from_numpy(row), expected, rtol=1e-4, atol=1e-7)
 
 
 # --- sums ------------------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ async def _encode(
     address: str, paths: Sequence[Path], layers: list[int], step: Callable[[], None]
 ) -> list[View]:
     """The scores of all layers, one picture after the other. A picture that is refused ends it all."""
-    from hiprune.client import connect
+    from hiprune.calls import connect
     from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc, media_pb2
 
     views = []
