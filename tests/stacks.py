@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from hiprune.checkpoints import open_checkpoint
 from hiprune.client import Client
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.stack import Stack
 
 SAMPLES = EMBEDDED_MODEL.parents[1] / "samples"
+TOKENS = int(json.loads((EMBEDDED_MODEL / "config.json").read_text("utf-8"))["image_seq_length"])
+"""Visual tokens of the embedded model, unpruned."""
+THIRD = round(TOKENS / 3)
+"""What its default policy keeps of them."""
+FACTS = open_checkpoint(str(EMBEDDED_MODEL)).facts
+"""Which of its layers are scored."""
 
 
 def questions() -> list[dict[str, str]]:

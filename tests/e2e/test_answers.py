@@ -14,7 +14,7 @@ from hiprune.client import Client, question_message
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.stack import Stack
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
-from tests.stacks import SAMPLES, picture, questions
+from tests.stacks import SAMPLES, THIRD, picture, questions
 
 NONE = pruner_service_pb2.METHOD_NONE
 HIPRUNE = pruner_service_pb2.METHOD_HIPRUNE
@@ -78,25 +78,26 @@ async def test_a_third_of_the_tokens_answers_nine_of_ten_that_the_whole_answers(
 )
 async def test_the_report_says_what_was_kept_and_the_usage_agrees(client, method):
     sample = questions()[0]
-    chosen = policy(pruner_service_pb2.Method.Value(f"METHOD_{method}"), keep_count=65, include_scores=True)
+    number = pruner_service_pb2.Method.Value(f"METHOD_{method}")
+    chosen = policy(number, keep_count=THIRD, include_scores=True)
     answer = await client.ask(sample["question"], picture(sample["image"]), policy=chosen)
     (report,) = answer.report.media
     (view,) = report.views
     total = view.grid_height * view.grid_width
     assert report.summary.tokens_before == total
-    assert report.summary.tokens_requested == report.summary.tokens_kept == 65
+    assert report.summary.tokens_requested == report.summary.tokens_kept == THIRD
     indices = list(view.kept_indices)
     assert indices == sorted(set(indices))
-    assert len(indices) == len(view.kinds) == 65
+    assert len(indices) == len(view.kinds) == THIRD
     assert 0 <= indices[0] <= indices[-1] < total
     reads = method.startswith("HIPRUNE")
     assert view.scores.HasField("object") == view.scores.HasField("deep") == reads
     assert list(view.scores.object.shape) == ([total] if reads else [])
     assert view.scores.HasField("cls") == (method == "VISIONZIP")  # the tower has a CLS
     usage = answer.completion.usage
-    assert (usage.visual_tokens_before, usage.visual_tokens_after) == (total, 65)
+    assert (usage.visual_tokens_before, usage.visual_tokens_after) == (total, THIRD)
     assert usage.prefill_flops_after < usage.prefill_flops_before
-    words = usage.prompt_tokens - 65
+    words = usage.prompt_tokens - THIRD
     assert 0 < words < 40
     kinds = {pruner_service_pb2.TokenKind.Name(kind).removeprefix("TOKEN_KIND_") for kind in view.kinds}
     expected = {
@@ -109,7 +110,7 @@ async def test_the_report_says_what_was_kept_and_the_usage_agrees(client, method
     }
     assert kinds == expected[method]
     if method == "HIPRUNE_PLUS_PLUS":
-        assert list(view.kinds).count(pruner_service_pb2.TOKEN_KIND_TEXT) == round(0.1 * 65)
+        assert list(view.kinds).count(pruner_service_pb2.TOKEN_KIND_TEXT) == round(0.1 * THIRD)
         assert report.summary.text_model
 
 

@@ -24,7 +24,7 @@ from hiprune.v1 import llm_service_pb2
 from hiprune.v1 import pruner_service_pb2 as pb
 from tests.certificates import Authority
 from tests.gateways import ScriptedLlm, scripted_llm
-from tests.stacks import picture, questions
+from tests.stacks import TOKENS, picture, questions
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "http.md"
 
@@ -69,8 +69,8 @@ async def test_the_answer_over_http_is_the_answer_over_grpc(openai_client, clien
         assert here.choices[0].message.content == there.text
         assert usage.prompt_tokens == expected.prompt_tokens
         assert usage.completion_tokens == expected.completion_tokens
-        assert usage.prompt_tokens_details.visual_tokens_before == 196
-        assert usage.prompt_tokens_details.visual_tokens_after == 49
+        assert usage.prompt_tokens_details.visual_tokens_before == TOKENS
+        assert usage.prompt_tokens_details.visual_tokens_after == TOKENS // 4
         (pruned,) = here.pruning["images"]
         assert pruned["cache"] == "pruned hit"
         (view,) = there.report.media[0].views
@@ -175,7 +175,7 @@ def test_the_documented_example_answers(address):
     program = program.replace("127.0.0.1:8080", address)
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=PAGE.parents[1], capture_output=True, text=True, check=False)
-    assert re.fullmatch(r".+ \(from 49 of 196 visual tokens\)\n", done.stdout), done.stderr
+    assert re.fullmatch(rf".+ \(from {TOKENS // 4} of {TOKENS} visual tokens\)\n", done.stdout), done.stderr
 
 
 @asynccontextmanager

@@ -37,13 +37,12 @@ from hiprune.v1 import (
 )
 from hiprune.v1 import pruner_service_pb2 as pb
 from hiprune.v1.media_pb2 import Media
-from tests.stacks import SAMPLES, picture
+from tests.stacks import SAMPLES, THIRD, picture
 
 TOKEN = "canary-peer-token-0123456789"
 QUESTION = "count the shapes ."
 IMAGE = picture("scene00.png")
-KEPT = 65
-"""A third of the embedded model's 196 tokens."""
+KEPT = THIRD
 
 fresh = map("t{}".format, itertools.count()).__next__
 

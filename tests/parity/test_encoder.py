@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from PIL import Image
@@ -14,9 +16,9 @@ from hiprune.config import EMBEDDED_MODEL
 from hiprune.errors import from_rpc
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc, media_pb2
 from services.encoder.families import load_tower
-from tests.stacks import SAMPLES, picture
+from tests.stacks import FACTS, SAMPLES, TOKENS, picture
 
-LAYERS = (3, 7)
+LAYERS = (FACTS.object_layer, FACTS.deep_layer)
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +58,9 @@ def test_features_and_scores_equal_the_stock_tower(stock, tower, name):
     with Image.open(SAMPLES / name) as image:
         item = tower.prepare(image.convert("RGB"))
     assert torch.equal(item.pixels, pixels_of(name))
-    ((view,),) = tower.encode([item], set(range(1, 8)), [False])
+    ((view,),) = tower.encode([item], set(range(1, FACTS.deep_layer + 1)), [False])
     torch.testing.assert_close(view.features, features, rtol=1e-4, atol=1e-5)
-    for layer in range(1, 8):
+    for layer in range(1, FACTS.deep_layer + 1):
         torch.testing.assert_close(view.scores[layer], scores[layer - 1], rtol=1e-5, atol=0)
         torch.testing.assert_close(view.cls_scores[layer], from_cls[layer - 1], rtol=1e-5, atol=1e-8)
     assert view.aligned is None
@@ -94,7 +96,7 @@ def test_aligned_tokens_are_clips_own_projection(tower):
 def test_only_the_layers_up_to_the_feature_layer_are_loaded(tower, stock):
     names = {name for name, _ in tower.model.named_parameters()}
     layers = {int(part) for name in names for part in name.split(".") if part.isdigit()}
-    assert layers == set(range(7))  # 7 of 8: the last one is behind the feature layer
+    assert layers == set(range(FACTS.deep_layer))  # the last one is behind the feature layer
     assert not any("language" in name or "projector" in name or "embed_tokens" in name for name in names)
     whole = sum(parameter.numel() for parameter in stock.parameters())
     loaded = sum(parameter.numel() for parameter in tower.model.parameters())
@@ -114,7 +116,7 @@ async def test_the_service_answers_with_what_the_tower_gives(stack, tower):
         fingerprint = (await stub.GetEncoder(encoder_service_pb2.GetEncoderRequest())).fingerprint
     (view,) = answer.views
     count = view.grid_height * view.grid_width
-    assert (view.grid_height, view.grid_width) == (14, 14)
+    assert view.grid_height == view.grid_width == math.isqrt(TOKENS)
     features = tensors.from_proto(view.features, field="features", shape=(count, 128))
     torch.testing.assert_close(features, expected.features, rtol=1e-4, atol=1e-5)
     assert [entry.layer for entry in view.attention] == list(LAYERS)
@@ -142,7 +144,7 @@ async def test_the_service_answers_with_what_the_tower_gives(stack, tower):
             "media.video",
         ),
         ({"layers": [0]}, "INVALID_ARGUMENT", "INVALID_FIELD", "layers[0]"),
-        ({"layers": [3, 8]}, "INVALID_ARGUMENT", "INVALID_FIELD", "layers[1]"),
+        ({"layers": [3, FACTS.deep_layer + 1]}, "INVALID_ARGUMENT", "INVALID_FIELD", "layers[1]"),
         ({"layers": [3, 3]}, "INVALID_ARGUMENT", "INVALID_FIELD", "layers[1]"),
     ],
 )

@@ -30,10 +30,11 @@ from hiprune.v1 import pruner_service_pb2 as pb
 from services.pruner.process import PrunerService
 from services.pruner.settings import Settings
 from services.pruner.text import PairedTextEncoder
+from tests.stacks import FACTS, THIRD, TOKENS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 METHODS = {name.removeprefix("METHOD_"): value for name, value in pb.Method.items() if value}
-SIDE, N, D, A = 14, 196, 6, 128
+SIDE, N, D, A = math.isqrt(TOKENS), TOKENS, 6, 128
 QUESTION = "which shape is blue ?"
 
 
@@ -613,14 +614,14 @@ async def test_it_says_what_it_serves(alone, model):
     checkpoint = open_checkpoint(str(model))
     assert answer.fingerprint.vision_digest == checkpoint.vision_digest
     assert answer.fingerprint.paired_digest == digest_of_all(model.parent / "clip")
-    assert (answer.fingerprint.family, answer.fingerprint.layers) == ("llava", 8)
-    assert (answer.deep_layer, answer.text_model, answer.cache_store) == (7, "clip", "memory")
+    assert (answer.fingerprint.family, answer.fingerprint.layers) == ("llava", FACTS.layers)
+    assert (answer.deep_layer, answer.text_model, answer.cache_store) == (FACTS.deep_layer, "clip", "memory")
     policy = answer.default_policy
     assert (policy.method, policy.keep_ratio, policy.alpha, policy.object_layer) == (
         METHODS["HIPRUNE"],
         1 / 3,
         0.1,
-        3,
+        FACTS.object_layer,
     )
     assert (policy.beta, policy.buffer, policy.text_budget) == (
         0.1,
@@ -656,9 +657,9 @@ async def test_an_image_is_encoded_once_and_found_in_either_level(pruner, encode
     again = await pruner.PruneImage(ask(keep_ratio=1 / 3))
     assert status(again) == "PRUNED_HIT"
     assert again.media == first.media
-    count = await pruner.PruneImage(ask(keep_count=65))
-    assert status(count) == "PRUNED_HIT"  # 65 of 196 is a third
-    assert count.media.summary.policy.keep_count == 65
+    count = await pruner.PruneImage(ask(keep_count=THIRD))
+    assert status(count) == "PRUNED_HIT"
+    assert count.media.summary.policy.keep_count == THIRD
     assert count.media.views == first.media.views
     assert status(await pruner.PruneImage(ask(keep_count=20))) == "ENCODED_HIT"
     text = ask(method=METHODS["HIPRUNE_PLUS_PLUS"], question=QUESTION)
@@ -773,7 +774,7 @@ def of_video(*frames: bytes, **rate: float) -> pb.PruneImageRequest:
         (of_video(b"x", frames_per_second=math.nan), *INVALID, "media.video.frames_per_second"),
         (of_video(b"x", frames_per_second=math.inf), *INVALID, "media.video.frames_per_second"),
         (ask(question="x" * 32_769), *LIMIT, "question"),
-        (ask(object_layer=8), *INVALID, "policy.object_layer"),
+        (ask(object_layer=FACTS.deep_layer + 1), *INVALID, "policy.object_layer"),
         (ask(keep_ratio=2), *INVALID, "policy.keep_ratio"),
     ],
 )

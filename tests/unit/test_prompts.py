@@ -17,6 +17,7 @@ from hiprune.v1 import llm_service_pb2 as pb
 from hiprune.v1.media_pb2 import Media, Video
 from services.llm.chat import Chat, load_chat
 from services.llm.prompts import Limits, read_prompt
+from tests.stacks import TOKENS
 
 USER, ASSISTANT, SYSTEM = pb.ROLE_USER, pb.ROLE_ASSISTANT, pb.ROLE_SYSTEM
 IMAGE_TOKEN = 4
@@ -127,13 +128,13 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_ids_are_the_stock_processors_with_the_image_token_repeated(chat, processor, messages):
     prompt = read_prompt(messages, chat, LIMITS, media="media")
-    assert expanded(prompt.token_ids, 196) == stock_ids(processor, messages)
+    assert expanded(prompt.token_ids, TOKENS) == stock_ids(processor, messages)
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_ids_are_the_stock_processors_under_llavas_own_template(llava_chat, processor, messages):
     prompt = read_prompt(messages, llava_chat, LIMITS, media="media")
-    assert expanded(prompt.token_ids, 196) == stock_ids(processor, messages, LLAVA_TEMPLATE)
+    assert expanded(prompt.token_ids, TOKENS) == stock_ids(processor, messages, LLAVA_TEMPLATE)
 
 
 @given(words=st.text(min_size=1, max_size=60) | st.sampled_from(["a </s>", "<image>?", "USER: a", "user: a"]))
@@ -145,7 +146,7 @@ def test_any_words_give_the_stock_ids_but_special_tokens_which_are_refused(words
             read_prompt(messages, chat, LIMITS, media="media")
     else:
         prompt = read_prompt(messages, chat, LIMITS, media="media")
-        assert expanded(prompt.token_ids, 196) == stock_ids(embedded_processor(), messages)
+        assert expanded(prompt.token_ids, TOKENS) == stock_ids(embedded_processor(), messages)
 
 
 def test_each_image_token_stands_for_the_media_in_the_order_of_the_conversation(chat):
@@ -188,7 +189,7 @@ def test_a_later_turn_does_not_change_what_a_picture_is_pruned_for(chat):
 def test_the_systems_words_lead_where_the_template_has_a_place_for_them(llava_chat, processor):
     messages = [turn(SYSTEM, text("be brief")), turn(USER, image(), text("what is this ?"))]
     prompt = read_prompt(messages, llava_chat, LIMITS, media="media")
-    assert expanded(prompt.token_ids, 196) == stock_ids(processor, messages, LLAVA_TEMPLATE)
+    assert expanded(prompt.token_ids, TOKENS) == stock_ids(processor, messages, LLAVA_TEMPLATE)
     assert prompt.media[0].question == "what is this ?"
 
 
