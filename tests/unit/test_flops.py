@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -41,10 +42,11 @@ from hiprune.config import EMBEDDED_MODEL
 from hiprune.costs import Media, Model, TextShape, decode_flops, prefill_flops
 from hiprune.costs.media import resized, seen
 from hiprune.costs.published import CLIP_L_336, CONFIGS
-from hiprune.costs.shapes import TextEncoderShape, TowerShape, filled
+from hiprune.costs.shapes import TextEncoderShape, TowerShape, divprune_pairs, filled
 from hiprune.errors import InvalidInput
 from hiprune.families import facts_of, families
 from services.encoder.families import load_tower
+from services.pruner.methods import divprune
 from services.pruner.text import PairedTextEncoder
 from tests.tiny import make_llava
 from tests.tiny_anyres import make_clip, make_llava_next, make_llava_onevision
@@ -399,6 +401,21 @@ def test_the_command_says_what_it_expected(arguments, said):
     result = CliRunner().invoke(app, ["flops", *arguments], env={"COLUMNS": "200"})
     assert result.exit_code == 2
     assert said in result.output
+
+
+@pytest.mark.parametrize("tokens", [64, divprune.TABLE_TOKENS, divprune.TABLE_TOKENS + 1])
+def test_divprune_is_counted_as_it_runs_with_and_without_a_table(tokens, monkeypatch):
+    run, computed = divprune._distances, []
+
+    def distances(some: Any, others: Any) -> Any:
+        computed.append(len(some) * len(others))
+        return run(some, others)
+
+    monkeypatch.setattr(divprune, "_distances", distances)
+    features = np.random.default_rng(0).normal(size=(tokens, 2))
+    divprune.divprune(features, keep=tokens // 2)
+    assert divprune_pairs(tokens, tokens // 2) == sum(computed)
+    assert divprune_pairs(tokens, tokens) == 0
 
 
 def test_an_image_of_no_size_is_named():

@@ -1,9 +1,10 @@
 """What a question about an image costs, before and after pruning: operations and bytes by a config.json.
 
 The one place of such figures: the llm's usage, `hiprune flops` and the benchmarks read them here.
-What is counted, and what is not, stands in `hiprune.costs.shapes`. Exact for what these services run: a tower
-that ends at its feature layer, two layers' scores, kept tokens alone in the projector. Pure: no weights, no
-framework.
+What is counted, and what is not, stands in `hiprune.costs.shapes`. It is what the method needs: a tower that
+ends at its feature layer, the scores that the method reads, kept tokens alone in the projector. A caching
+pruner asks for more, the scores of both layers and aligned tokens whatever the method: below 0.03 % of
+LLaVA-1.5-7B's. Pure: no weights, no framework.
 
 The paper's figures for LLaVA-1.5-7B (8.63, 3.56, 2.71, 1.87 TFLOPs with 576, 192, 128, 64 visual tokens) are
 those of the prefill with 77 tokens of text: see docs/decisions/0026-what-a-flop-is.md.
@@ -24,6 +25,7 @@ from hiprune.costs.shapes import (
     TextShape,
     TowerShape,
     decode_flops,
+    divprune_pairs,
     prefill_flops,
 )
 from hiprune.families import Facts, facts_of
@@ -204,9 +206,8 @@ class Model:
             select = 2.0 * every * compared
         if method == "divprune" and keeps is not None:
             pairs = sum(
-                count**2
+                divprune_pairs(count, max(1, keep - shown.prefix))
                 for count, keep in zip(shown.valid, keeps, strict=True)
-                if keep - shown.prefix < count
             )
             select = 2.0 * pairs * facts.hidden_size
         return Run(

@@ -178,6 +178,18 @@ def decode_flops(shape: TextShape, context: int) -> float:
     return 2.0 * (shape.linear_macs + 2 * context * shape.queries * shape.layers + shape.head_macs)
 
 
+_DIVPRUNE_TABLE: Final = 4096
+"""Most tokens of which DivPrune holds every distance; a test holds it to the pruner."""
+
+
+def divprune_pairs(tokens: int, keep: int) -> int:
+    """Cosines that DivPrune computes to choose `keep` of `tokens`; 0 where there is nothing to choose."""
+    if keep >= tokens:
+        return 0
+    again = 0 if tokens <= _DIVPRUNE_TABLE else keep - 1  # a pass for each chosen token but the last
+    return tokens * (tokens + again)
+
+
 @dataclass(frozen=True, slots=True)
 class TowerShape:
     """A vision tower up to its feature layer: CLIP, SigLIP, or Qwen2.5-VL's with windows and a merger."""
