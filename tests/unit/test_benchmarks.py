@@ -430,6 +430,17 @@ async def test_every_budget_and_method_is_measured_from_pixels_to_the_last_token
         assert row["prefill_ms"]["median"] > 0 < row["decode_ms_per_token"]["median"]
         assert set(row["questions_per_s"]) == ({"1", "2"} if name in {"none", "hiprune"} else set())
         assert (row["prefill_tflops"] < rows["none", pipeline.tokens]["prefill_tflops"]) == (name != "none")
+    vision = found["vision_ms"]
+    stages = ("select_ms", "project_ms", "prefill_ms")
+    for (name, _), row in rows.items():  # of one round: the tower that the method needs is on each side
+        whole, part = (
+            vision[tower] + sum(each[stage]["median"] for stage in stages)
+            for tower, each in (
+                ("without", rows["none", pipeline.tokens]),
+                ({"hiprune": "with_scores", "hiprune++": "aligned"}.get(name, "without"), row),
+            )
+        )
+        assert row["first_token_ratio"]["median"] == pytest.approx(part / whole, rel=0.02)
     assert {each["what"].split(",")[0] for each in latency.targets_of(found["rows"])} == {
         "hiprune",
         "hiprune++",
