@@ -1,7 +1,7 @@
 """How sure a share is: intervals at 95 %. Knows no question and no method.
 
-Questions about one scene are not independent, so whatever compares two ways of answering draws whole scenes
-anew (Efron's bootstrap, by clusters). A share alone gets Wilson's interval, which knows of 100 % too.
+Questions about one scene are not independent, so whole scenes are drawn anew (Efron's bootstrap, by
+clusters). A share of 0 or 1 is the same in every draw: it gets Wilson's interval, of as many as scenes.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from models.shapes.variants import Variant
 
 NONE: Final = "none"
 RANDOM: Final = "random"
+STRIDED: Final = "strided"
 
 _Mask = npt.NDArray[np.bool_]
 
@@ -44,11 +45,7 @@ def accuracy(records: Sequence[Record], variants: Sequence[Variant], seed: int) 
             "tokens": round(_mean(records, some, lambda found: found.tokens), 1),
             "draws": len(some),
             "mean": estimate(means).content(),
-            "by_type": {
-                kind: wilson(float(right[:, order].sum()), int(asked[:, order].sum())).content()
-                for order, kind in enumerate(TYPES)
-                if asked[:, order].sum()
-            },
+            "by_type": _by_type(bootstrap, asked, right),
             "foreground": round(_mean(records, some, lambda found: found.foreground), 4),
             "covered": round(_covered(records, some), 4),
             "counted": _counted(records, some),
@@ -57,8 +54,9 @@ def accuracy(records: Sequence[Record], variants: Sequence[Variant], seed: int) 
             row["minus_unpruned"] = estimate(means - whole).content()
             if whole.all():  # an untrained model may have nothing to keep
                 row["of_unpruned"] = estimate(means / whole).content()
-        if name not in {NONE, RANDOM} and (RANDOM, budget) in rights:
-            row["minus_random"] = estimate(means - bootstrap.mean(rights[RANDOM, budget])).content()
+        for control in (RANDOM, STRIDED):
+            if name not in {NONE, control} and (control, budget) in rights:
+                row[f"minus_{control}"] = estimate(means - bootstrap.mean(rights[control, budget])).content()
         rows.append(row)
     return rows
 
@@ -154,6 +152,23 @@ def _right_of(records: Sequence[Record], places: Sequence[int]) -> Matrix:
             for kind, truth, said in zip(record.types, record.truths, record.found[place].said, strict=True):
                 counts[row, TYPES.index(kind)] += said == truth
     return counts / len(places)
+
+
+def _by_type(bootstrap: Bootstrap, asked: Matrix, right: Matrix) -> dict[str, dict[str, float]]:
+    """Accuracy of each type that was asked.
+
+    Where all or none are right every draw is the same: there it is Wilson's, of as many as scenes were asked.
+    """
+    accuracies = bootstrap.accuracies(right)
+    found = {}
+    for order, kind in enumerate(TYPES):
+        scenes = int(np.count_nonzero(asked[:, order]))
+        if scenes:
+            share = float(accuracies[0, order])
+            certain = share in {0.0, 1.0}
+            among = wilson(share * scenes, scenes) if certain else estimate(accuracies[:, order])
+            found[kind] = among.content()
+    return found
 
 
 def _place(variants: Sequence[Variant], name: str, budget: str) -> int:

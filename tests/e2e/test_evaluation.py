@@ -117,9 +117,7 @@ async def test_the_same_plan_gives_the_same_answers_however_many_processes_share
     assert ablated(shared, variants, 0)["scenes"] == 1
 
 
-async def test_the_layer_that_is_suggested_is_within_one_of_the_layer_that_meets_objects_best(
-    stack, checkpoint
-):
+async def test_the_layer_that_is_suggested_meets_objects_nearly_as_well_as_the_best_does(stack, checkpoint):
     asking = prunings(stack, checkpoint)
     views, met = [], []
     for number in range(24):
@@ -132,7 +130,8 @@ async def test_the_layer_that_is_suggested_is_within_one_of_the_layer_that_meets
     deep = checkpoint.facts.deep_layer
     iou = {layer: np.mean([each[layer] for each in met]) for layer in range(1, deep)}
     suggested = layer_choice.suggest(layer_choice.profiles(views), deep)
-    assert abs(suggested - max(iou, key=lambda layer: iou[layer])) <= 1, iou
+    assert iou[suggested] >= 0.9 * max(iou.values()), iou
+    assert sum(each >= 0.9 * iou[suggested] for each in iou.values()) <= 2, iou  # no layer will do
 
 
 def test_the_command_suggests_a_layer_from_a_folder_of_pictures(checkpoint):

@@ -162,6 +162,36 @@ def test_accuracy_is_the_share_of_exact_answers_by_type_and_against_the_whole(va
     assert summary.plus_plus(records, variants, 0, "1/9").value == -1
 
 
+def test_every_method_is_held_against_both_controls(variants):
+    right, wrong = ["red", "3"], ["a red", "2"]
+    says = {"none": right, "hiprune": right, "strided": right}
+    records = [record(number, [says.get(each.name, wrong) for each in variants]) for number in range(3)]
+    rows = {(row["method"], row["budget"]): row for row in summary.accuracy(records, variants, 0)}
+    assert (
+        rows["hiprune", "1/3"]["minus_random"]["value"],
+        rows["hiprune", "1/3"]["minus_strided"]["value"],
+    ) == (1, 0)
+    assert rows["random", "1/3"]["minus_strided"]["value"] == -1
+    assert "minus_random" not in rows["random", "1/3"]
+    assert "minus_strided" not in rows["none", "all"]
+
+
+def test_a_types_interval_is_of_scenes_and_not_of_questions(variants):
+    draw = np.random.default_rng(0)
+    records = []
+    for number in range(40):
+        coin = "red" if draw.random() < 0.5 else "blue"  # all ten answers of a scene alike
+        one = record(number, [["red"] * 10 if each.name == "none" else [coin] * 10 for each in variants])
+        one.types[:], one.truths[:] = ["colour"] * 10, ["red"] * 10
+        for found in one.found:
+            found.covered[:] = [True] * 10
+        records.append(one)
+    rows = {(row["method"], row["budget"]): row for row in summary.accuracy(records, variants, 0)}
+    coins, all_right = (rows[key]["by_type"]["colour"] for key in (("random", "1/3"), ("none", "all")))
+    assert coins["high"] - coins["low"] == pytest.approx(4 * 0.5 / np.sqrt(40), rel=0.2)
+    assert all_right == wilson(40, 40).content()
+
+
 def test_a_model_that_knows_nothing_has_no_share_of_its_accuracy(variants):
     records = [record(number, [["", ""] for _ in variants]) for number in range(3)]
     assert "of_unpruned" not in summary.accuracy(records, variants, 0)[1]

@@ -6,6 +6,9 @@ import copy
 
 import pytest
 
+from hiprune.checkpoints import digest_of_all
+from hiprune.config import EMBEDDED_MODEL
+from hiprune.policies import METHODS
 from tools import evaluation_tables
 
 
@@ -31,15 +34,45 @@ def test_every_table_is_on_a_page():
     assert all(f"<!-- {name} -->" in pages for name in evaluation_tables.TABLES)
 
 
-def test_a_verdict_turns_with_its_figure(results):
+def test_every_method_of_the_service_is_in_the_table(results):
+    methods = {row["method"] for row in results["evaluation"]["results"]["rows"]}
+    assert methods == set(METHODS)
+
+
+def test_the_figures_are_of_the_included_model(results):
+    assert results["evaluation"]["settings"]["model_digest"] == digest_of_all(EMBEDDED_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("share", "low", "high", "said"),
+    [
+        (0.949, 0.9, 0.96, "missed, not surely"),
+        (0.949, 0.9, 0.9499, "missed"),
+        (0.95, 0.94, 0.96, "met, not surely"),
+        (0.96, 0.95, 0.97, "met"),
+    ],
+)
+def test_a_verdict_turns_with_its_figure_and_says_how_sure_it_is(results, share, low, high, said):
     changed = copy.deepcopy(results)
     rows = changed["evaluation"]["results"]["rows"]
     third = next(row for row in rows if (row["method"], row["budget"]) == ("hiprune", "1/3"))
-    said = []
-    for share in (0.949, 0.95):
-        third["of_unpruned"]["value"] = share
-        said.append("**met**" in evaluation_tables.verdicts(changed).splitlines()[0])
-    assert said == [False, True]
+    third["of_unpruned"] = {"value": share, "low": low, "high": high}
+    assert f"**{said}**" in evaluation_tables.verdicts(changed).splitlines()[0]
+
+
+@pytest.mark.parametrize("control", ["random", "strided"])
+def test_who_surely_beats_a_method_is_named_whichever_control_it_is(results, control):
+    changed = copy.deepcopy(results)
+    rows = changed["evaluation"]["results"]["rows"]
+    row = next(row for row in rows if (row["method"], row["budget"]) == ("divprune", "1/9"))
+    for sign, words in ((-1, "behind"), (1, "ahead of")):
+        row[f"minus_{control}"] = {"value": 0.2 * sign, "low": 0.2 * sign - 0.1, "high": 0.2 * sign + 0.1}
+        (line,) = (
+            line
+            for line in evaluation_tables.verdicts(changed).splitlines()
+            if f"Surely {words} {control.upper()}" in line
+        )
+        assert f"divprune at 1/9 ({20 * sign:+.1f})" in line
 
 
 def test_markers_that_do_not_pair_or_name_no_table_are_refused(results):
