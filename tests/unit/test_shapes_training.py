@@ -10,9 +10,10 @@ import torch
 
 from models.shapes.batches import HELD_OUT, Batches
 from models.shapes.learner import Learner
-from models.shapes.train import TOWER_ALONE, make_learner, make_optimizers, train
+from models.shapes.train import TOWER_ALONE, make_learner, make_optimizers, restore, train
 
 STEPS = 40
+LANGUAGE_STEPS = 4
 PICTURES = 6
 LEARNING_RATE = 5e-3
 """Higher than training's own: a schedule of so few steps ends before its warm-up does."""
@@ -46,22 +47,29 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in learner.state_dict().items()}
+
+
 @pytest.mark.extra
-def test_a_shortened_schedule_learns_from_nothing(tmp_path, one_thread):
+def test_a_shortened_schedule_learns_from_nothing_and_then_the_language_model_alone(tmp_path, one_thread):
+    device = torch.device("cpu")
     options = argparse.Namespace(
         seed=1,
         batch=PICTURES,
         questions=5,
         steps=STEPS,
+        language_steps=0,
         workers=0,
-        look=1,
+        look=0,
         learning_rate=LEARNING_RATE,
         minutes=0,
     )
     torch.manual_seed(options.seed)
     learner = make_learner()
     before = seen(learner)
-    train(learner, make_optimizers(learner, options.learning_rate), options, tmp_path, 0, torch.device("cpu"))
+    optimizers = make_optimizers(learner, options.learning_rate)
+    train(learner, optimizers, options, tmp_path, 0, device)
     after = seen(learner)
     assert after["colour"] > 0.1 + max(before["colour"], before["commonest"]), (before, after)
     assert after["middle"] < 0.6 * before["middle"], (before, after)
@@ -74,4 +82,31 @@ def test_a_shortened_schedule_learns_from_nothing(tmp_path, one_thread):
     # the language model begins when the tower has something to tell; chance over its words is log(90) = 4.5
     assert len(answers) == sum(step / STEPS >= TOWER_ALONE for step in range(STEPS))
     assert sum(answers[-4:]) / 4 < 0.7 * answers[0]
-    assert json.loads((tmp_path / "state.json").read_text("utf-8"))["step"] == STEPS
+
+    # the second phase: one step of it, then the end of the sitting
+    tower = weights(learner)
+    options.language_steps, options.minutes = LANGUAGE_STEPS, 1e-9
+    train(learner, optimizers, options, tmp_path, STEPS, device)
+    assert json.loads((tmp_path / "state.json").read_text("utf-8"))["step"] == STEPS + 1
+    # another process goes on, as the one that did not stop
+    options.minutes = 0
+    other = make_learner()
+    others = make_optimizers(other, options.learning_rate)
+    assert restore(tmp_path, other, others) == STEPS + 1
+    for each, some, run in ((learner, optimizers, tmp_path / "unbroken"), (other, others, tmp_path)):
+        run.mkdir(exist_ok=True)
+        train(each, some, options, run, STEPS + 1, device)
+    torch.testing.assert_close(weights(other), weights(learner), rtol=0, atol=0)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + LANGUAGE_STEPS + 1))
+    alone = lines[STEPS:]
+    assert all(set(line) - {"held out"} == {"step", "seconds", "answer", "all"} for line in alone)
+    moved = {name for name, value in weights(other).items() if not torch.equal(value, tower[name])}
+    assert moved
+    assert all(
+        name.startswith(
+            ("llava.model.language_model.", "llava.model.multi_modal_projector.", "llava.lm_head.")
+        )
+        for name in moved
+    ), moved
+    assert json.loads((tmp_path / "state.json").read_text("utf-8"))["step"] == STEPS + LANGUAGE_STEPS
