@@ -29,7 +29,7 @@ import numpy.typing as npt
 from hiprune.errors import InvalidInput
 
 SELECTION_VERSION: Final = 1
-"""Part of every cache key that depends on a selection: raise it when any answer here changes."""
+"""Part of every cache key of a selection: raise it when any answer changes, here or in `methods/`."""
 
 Scores: TypeAlias = npt.NDArray[np.floating[Any]]
 Mask: TypeAlias = npt.NDArray[np.bool_]

@@ -118,8 +118,16 @@ def test_many_tokens_need_no_table_of_all_pairs():
 
 def test_work_counts_every_pair_once_and_nothing_where_nothing_is_chosen():
     assert work(576, 192, 1024) == 576 * 576 * 1024
-    assert work(10_000, 100, 8) == 10_000 * 10_100 * 8
+    assert work(5000, 100, 1024) == 5000 * (5000 + 4 * 100) * 1024
     assert work(576, 576, 1024) == work(0, 1, 1024) == 0
+
+
+def test_what_is_accepted_takes_seconds_of_one_core_however_narrow_the_tokens():
+    assert work(4096, 1365, 1024) == work(4096, 1, 1024) == module.MAX_WORK
+    assert 5 * work(576, 192, 1024) < module.MAX_WORK / 9
+    for channels in (1, 64):  # a pair costs its rounding too
+        assert work(16_000, 16, channels) <= module.MAX_WORK < work(16_384, 1, channels)
+    assert work(262_000, 100, 1) > module.MAX_WORK
 
 
 @pytest.mark.parametrize(

@@ -316,10 +316,11 @@ def test_divprune_reads_features_and_no_score():
 
 
 def test_divprune_refuses_what_would_take_minutes_before_it_reads_a_number():
-    side = 512
-    huge = view(side, side, features=tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_F16, shape=[side**2, 4]))
-    with pytest.raises(InvalidInput, match="compares every two of 262144 tokens") as caught:
-        prune([huge], policy("DIVPRUNE"), NO_QUESTION, seed=SEED)
+    height, width = 500, 524
+    rows = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_F16, shape=[height * width, 1])
+    huge = view(height, width, features=rows)
+    with pytest.raises(InvalidInput, match="compares every two of 262000 tokens") as caught:
+        prune([huge], policy("DIVPRUNE", keep_count=100), NO_QUESTION, seed=SEED)
     assert (caught.value.field, caught.value.reason) == ("policy.method", "LIMIT_EXCEEDED")
 
 

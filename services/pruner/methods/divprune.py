@@ -12,7 +12,8 @@ matrix product, which differ between machines, decide nothing, and equal tokens 
 zeros is at distance 1 from all others. Ties go to the lower index; a token is never chosen twice.
 
 The table of distances is held where it is small. Beyond `TABLE_TOKENS` each chosen token costs a pass over
-all features instead, in O(N · D) memory. Either is O(N² · D) work, and so bounded: `MAX_WORK`.
+all features instead, in O(N · D) memory. Either is O(N² · D) work, and so bounded: `MAX_WORK`. What a pair
+costs besides its multiply-adds counts too: few channels do not make many tokens cheap.
 
 Source: DivPrune, Alvar et al., CVPR 2025 (arXiv 2503.02175), algorithm 1.
 """
@@ -32,9 +33,13 @@ from services.pruner.selection import Mask, Selection, TokenKind, of_one_kind, o
 
 TABLE_TOKENS: Final = 4096
 """Most tokens whose table of distances, 64 MiB, is held."""
-MAX_WORK: Final = 2**36
-"""Most multiply-adds for one request, over all its views: 4096 tokens of 4096 channels, ten seconds of two
-cores."""
+MAX_WORK: Final = 2**34
+"""Most multiply-adds for one request, over all its views: 4096 tokens of 1024 channels, one or two seconds of
+one core."""
+_MIN_CHANNELS: Final = 64
+"""What a pair counts at least: rounding its distance takes as long as so many multiply-adds."""
+_PASS: Final = 4
+"""What a chosen token's pass over all features counts: one row's product waits for memory, a block's not."""
 _CHUNK_ELEMENTS: Final = 2**20
 _UNIT: Final = 2.0**29
 
@@ -67,11 +72,11 @@ def divprune(
 
 
 def work(tokens: int, keep: int, channels: int) -> int:
-    """Multiply-adds of a choice of `keep` among `tokens`; 0 where there is none."""
+    """A choice of `keep` among `tokens`, as multiply-adds of a block's product; 0 where there is none."""
     if keep >= tokens:
         return 0
-    passes = tokens if tokens <= TABLE_TOKENS else tokens + keep
-    return tokens * passes * max(1, channels)
+    passes = tokens if tokens <= TABLE_TOKENS else tokens + _PASS * keep
+    return tokens * passes * max(channels, _MIN_CHANNELS)
 
 
 def select(tokens: Tokens, keep: int, policy: Policy) -> Selection:
