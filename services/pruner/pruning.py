@@ -6,7 +6,7 @@ Checks the views it is given. Knows no cache, no encoder and no text model: a si
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -49,6 +49,28 @@ class Pruned:
 
     views: list[pruner_service_pb2.PrunedView]
     summary: pruner_service_pb2.PruneSummary
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a policy asks of views, known before anything of them is read."""
+
+    prefix: int
+    """Tokens outside the grid in each view: always kept, and they count."""
+    counts: Sequence[int]
+    """Of each view, all of its tokens that are not padding."""
+    keeps: Sequence[int]
+    """Of each view, how many of its grid are kept, at most."""
+    work: int
+    """Multiply-adds of comparing tokens with each other; 0 where the method does not."""
+
+    @property
+    def kept(self) -> int:
+        """Tokens that are kept, by every method that spends its budget and no more."""
+        return sum(
+            self.prefix + min(keep, count - self.prefix)
+            for count, keep in zip(self.counts, self.keeps, strict=True)
+        )
 
 
 def check_views(views: Sequence[View], *, max_tokens: int, memory: Memory | None = None) -> None:
@@ -158,31 +180,42 @@ def similarities(
     return found
 
 
-def prune(
-    views: Sequence[View], policy: Policy, guidance: Guidance, *, seed: bytes, memory: Memory | None = None
-) -> Pruned:
-    """Prunes checked views. `seed` is the digest behind RANDOM.
+def plan(views: Sequence[View], policy: Policy) -> Plan:
+    """What a policy asks of checked views. Takes no time to speak of.
 
-    Raises InvalidInput naming `views[i].attention` or `views[i].features` when what the method reads is
-    missing or unfit, `policy.keep_count` when a view would keep nothing, and `policy.method` for one that
-    would take too long over so many tokens.
+    Raises InvalidInput naming `policy.keep_count` when a view would keep nothing, `views[i].features` where
+    the method reads them and there are none, and `policy.method` for one that would take too long over so
+    many tokens.
     """
-    masks = [_valid_mask(view) for view in views]
-    # tokens outside the grid are always kept, and count
     prefix = _prefix_of(views[0])
-    counts = [
-        prefix + (int(mask.sum()) if mask is not None else view.grid_height * view.grid_width)
-        for view, mask in zip(views, masks, strict=True)
-    ]
+    counts = [prefix + _valid_count(view) for view in views]
     keeps = [max(1, budget - prefix) for budget in policy.keep_per_view(counts, prefix)]
-    if policy.reads_features:
-        _check_features(views, [count - prefix for count in counts], keeps)
+    work = _work(views, [count - prefix for count in counts], keeps) if policy.reads_features else 0
+    return Plan(prefix, counts, keeps, work)
+
+
+def prune(
+    views: Sequence[View],
+    policy: Policy,
+    guidance: Guidance,
+    *,
+    seed: bytes,
+    memory: Memory | None = None,
+    is_wanted: Callable[[], bool] = lambda: True,
+) -> Pruned:
+    """Prunes checked views. `seed` is the digest behind RANDOM; what takes long asks `is_wanted`.
+
+    Raises InvalidInput as `plan`, and naming `views[i].attention` or `views[i].features` when what the method
+    reads is missing or unfit; Unwanted.
+    """
+    planned = plan(views, policy)
+    prefix, counts = planned.prefix, planned.counts
     pruned = []
-    for number, (view, mask, keep) in enumerate(zip(views, masks, keeps, strict=True)):
+    for number, (view, keep) in enumerate(zip(views, planned.keeps, strict=True)):
         tokens = Tokens(
             count=view.grid_height * view.grid_width,
             width=view.grid_width,
-            valid=mask,
+            valid=_valid_mask(view),
             object_scores=_scores(view, policy.object_layer, number) if policy.reads_object else None,
             deep_scores=_scores(view, policy.deep_layer, number)
             if policy.reads_deep and not policy.reads_cls
@@ -191,6 +224,7 @@ def prune(
             similarity=guidance.similarities[number] if guidance.similarities is not None else None,
             features=_features(view, number, memory) if policy.reads_features else None,
             seed=hashlib.sha256(seed + number.to_bytes(4, "little")).digest(),
+            is_wanted=is_wanted,
         )
         kept = methods.select(tokens, keep, policy)
         pruned.append(_pruned_view(view, kept, memory))
@@ -210,6 +244,12 @@ def prune(
         if guidance.similarities is not None and not chosen:
             summary.text_note = "the budget leaves no token to the question"
     return Pruned(pruned, summary)
+
+
+def _valid_count(view: View) -> int:
+    """How many of a checked view's tokens are not padding."""
+    region = view.valid if view.HasField("valid") else None
+    return region.height * region.width if region else view.grid_height * view.grid_width
 
 
 def _valid_mask(view: View) -> Mask | None:
@@ -267,8 +307,8 @@ def _pruned_view(view: View, kept: Selection, memory: Memory | None) -> pruner_s
     return pruned
 
 
-def _check_features(views: Sequence[View], counts: Sequence[int], keeps: Sequence[int]) -> None:
-    """Refuses missing features, and more of them than are compared with each other in good time."""
+def _work(views: Sequence[View], counts: Sequence[int], keeps: Sequence[int]) -> int:
+    """What comparing features costs. Refuses missing ones, and more than are compared in good time."""
     for number, view in enumerate(views):
         if not view.HasField("features"):
             raise InvalidInput(
@@ -287,6 +327,7 @@ def _check_features(views: Sequence[View], counts: Sequence[int], keeps: Sequenc
             field="policy.method",
             reason="LIMIT_EXCEEDED",
         )
+    return work
 
 
 def _features(view: View, number: int, memory: Memory | None) -> Scores:

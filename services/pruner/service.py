@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-import math
-import threading
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, TypeAlias, TypeVar
 
 import torch
 
@@ -23,23 +21,26 @@ from hiprune.v1 import (
     pruner_service_pb2,
     pruner_service_pb2_grpc,
 )
-from services.pruner import guidance
+from services.pruner import guidance, intake
 from services.pruner import policy as policies
 from services.pruner.cache import TenantKeys, TokenCache, media_digest
 from services.pruner.encoder import Encoded, RemoteEncoder, encoders_fault
 from services.pruner.flight import SingleFlight
 from services.pruner.policy import Policy
-from services.pruner.pruning import NO_QUESTION, Guidance, Pruned, check_views, prune, similarities
+from services.pruner.pruning import NO_QUESTION, Guidance, Pruned, check_views, plan, prune, similarities
 from services.pruner.settings import Settings
 from services.pruner.text import Chunks, TextEncoder
 from services.pruner.workers import Workers
 
 _Status: TypeAlias = tuple[Encoded, pruner_service_pb2.CacheStatus.ValueType]
 """An encoded image, and where it came from."""
+_Result = TypeVar("_Result")
 _MAX_WAITING_CHUNKS: Final = 384
 """Of all questions that wait for the text encoder: what CLIP-L reads in a minute, the default deadline."""
 _MAX_WAITING_WORK: Final = 2048
 """Of all that waits for a thread, in MiB and one for each: twice what all requests together may hold."""
+_COMPARISONS: Final = 2**26
+"""Multiply-adds of DIVPRUNE that cost one: the longest costs 257, and seven of those may wait."""
 _THREAD_BYTES: Final = 2**20
 """Answers above it are made off the event loop."""
 NO_TEXT_MODEL: Final = "this pruner has no paired text encoder, so a question cannot guide it"
@@ -60,6 +61,8 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         self._reader = Workers(1, "text", max_waiting=_MAX_WAITING_CHUNKS)
         # threads of our own: asyncio's default ones may all be waiting for a name server
         self._workers = Workers(2, "prune", max_waiting=_MAX_WAITING_WORK)
+        # what compares tokens takes seconds where the others take milliseconds: it holds up its like alone
+        self._comparer = Workers(1, "compare", max_waiting=_MAX_WAITING_WORK)
 
     def equip(
         self,
@@ -75,6 +78,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         self._encoder = encoder
         self._reader.watch()
         self._workers.watch()
+        self._comparer.watch()
 
     async def GetPruner(self, request: Any, context: Any) -> pruner_service_pb2.GetPrunerResponse:  # noqa: N802
         """Says which model's images this pruner serves."""
@@ -113,12 +117,12 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         policy, chunks = await self._workers.run(look, cost)
         vector = await self._text_vector(chunks)
 
-        def work() -> Pruned:
-            return _prune_tokens(request.views, policy, self._guidance_of_tokens(request, policy, vector))
+        def work(is_wanted: Callable[[], bool]) -> Pruned:
+            compared = self._guidance_of_tokens(request, policy, vector)
+            return _prune_tokens(request.views, policy, compared, is_wanted)
 
-        with stage("select"):
-            pruned = await self._workers.run(work, cost)
-        await _charge(pruned.summary)
+        pruned = await self._select(work, request.views, policy)
+        await _charge(pruned.summary, is_paid=policy.reads_features)
 
         def answer() -> bytes:
             response = pruner_service_pb2.PruneTokensResponse
@@ -140,7 +144,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         self._check_question(question, policy)
 
         def look() -> tuple[bytes, Chunks]:
-            self._check_media(request.media)
+            intake.check(request.media, self._settings)
             check_media(request.media, tenant.limits, field="media")
             return media_digest(request.media), self._chunks(question, policy)
 
@@ -157,7 +161,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         finally:
             reading.cancel()
         self._cache.put_pruned(keys, digest, policy, question, pruned)
-        await _charge(pruned.summary)
+        await _charge(pruned.summary, is_paid=policy.reads_features)
         return await self._answer(pruned, status, policy, clock)
 
     async def close(self) -> None:
@@ -166,6 +170,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
             await self._cache.close()
         self._reader.close()
         self._workers.close()
+        self._comparer.close()
 
     async def _answer(
         self,
@@ -186,13 +191,14 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
     ) -> pruner_service_pb2.PrunedMedia:
         """Selection over an encoded image, off the event loop."""
 
-        def work() -> pruner_service_pb2.PrunedMedia:
+        def work(is_wanted: Callable[[], bool]) -> pruner_service_pb2.PrunedMedia:
             guidance = NO_QUESTION
             if vector is not None and self._text is not None:
                 space = self._checkpoint.facts.compares
                 found = similarities(encoded.image.views, vector, space=space, memory=encoded.memory)
                 guidance = Guidance(found, self._text.name)
-            pruned = prune(encoded.image.views, policy, guidance, seed=digest, memory=encoded.memory)
+            views, memory = encoded.image.views, encoded.memory
+            pruned = prune(views, policy, guidance, seed=digest, memory=memory, is_wanted=is_wanted)
             return pruner_service_pb2.PrunedMedia(
                 views=pruned.views,
                 summary=pruned.summary,
@@ -200,8 +206,26 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
                 layout=encoded.image.layout,
             )
 
-        with stage("select"), encoders_fault():
-            return await self._workers.run(work, _cost_of(encoded.image.views))
+        with encoders_fault():
+            return await self._select(work, encoded.image.views, policy)
+
+    async def _select(
+        self,
+        work: Callable[[Callable[[], bool]], _Result],
+        views: Sequence[encoder_service_pb2.View],
+        policy: Policy,
+    ) -> _Result:
+        """Runs a selection off the event loop. Raises InvalidInput, Exhausted, as `work`.
+
+        What compares tokens has a thread of its own and is paid for before, as it is known what it keeps.
+        """
+        cost, workers = _cost_of(views), self._workers
+        if policy.reads_features:
+            planned = plan(views, policy)
+            cost, workers = cost + planned.work // _COMPARISONS, self._comparer
+            await quotas.current().reserve(planned.kept, sum(planned.counts))
+        with stage("select"):
+            return await workers.run_wanted(work, cost)
 
     async def _encoded(
         self, media: media_pb2.Media, policy: Policy, keys: TenantKeys, digest: bytes, clock: StageClock
@@ -278,13 +302,8 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         """The vector (A,) of a question's chunks, or None of none."""
         if not chunks or self._text is None:
             return None
-        left = threading.Event()
-        embed = functools.partial(self._text.embed, chunks, lambda: not left.is_set())
-        try:
-            with stage("text"):
-                return await self._reader.run(embed, len(chunks))
-        finally:
-            left.set()
+        with stage("text"):
+            return await self._reader.run_wanted(functools.partial(self._text.embed, chunks), len(chunks))
 
     def _chunks_of_tokens(self, request: pruner_service_pb2.PruneTokensRequest, policy: Policy) -> Chunks:
         """A request's question as the text encoder reads it.
@@ -334,45 +353,6 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         if policy.reads_text and question and self._text is None:
             raise Mismatch(NO_TEXT_MODEL, field="policy.method", reason="NO_TEXT_MODEL")
 
-    def _check_media(self, media: media_pb2.Media) -> None:
-        """Refuses missing, empty and oversized media before a byte of it is hashed or sent on."""
-        kind = media.WhichOneof("content")
-        if kind is None:
-            raise InvalidInput(
-                "is missing, expected an image or a video", field="media", reason="MISSING_FIELD"
-            )
-        if kind == "image":
-            self._check_size(len(media.image), "media.image")
-            return
-        frames = media.video.frames
-        if not 1 <= len(frames) <= self._settings.max_frames:
-            raise InvalidInput(
-                f"{len(frames)} frames, expected 1 to {self._settings.max_frames}", field="media.video.frames"
-            )
-        total = 0
-        for number, frame in enumerate(frames):
-            self._check_size(len(frame), f"media.video.frames[{number}]")
-            total += len(frame)
-        if total > self._settings.max_video_bytes:
-            raise InvalidInput(
-                f"{total} bytes, expected at most {self._settings.max_video_bytes} in all frames together",
-                field="media.video.frames",
-                reason="LIMIT_EXCEEDED",
-            )
-        rate = media.video.frames_per_second
-        if media.video.HasField("frames_per_second") and not 0 < rate < math.inf:
-            raise InvalidInput(f"{rate}, expected more than 0", field="media.video.frames_per_second")
-
-    def _check_size(self, size: int, field: str) -> None:
-        if size == 0:
-            raise InvalidInput("is empty, expected an encoded image", field=field, reason="MISSING_FIELD")
-        if size > self._settings.max_image_bytes:
-            raise InvalidInput(
-                f"{size} bytes, expected at most {self._settings.max_image_bytes}",
-                field=field,
-                reason="LIMIT_EXCEEDED",
-            )
-
 
 def _cost_of(views: Sequence[encoder_service_pb2.View]) -> int:
     """What work over views costs: one, and one more for each MiB that their tensors are said to hold."""
@@ -381,9 +361,10 @@ def _cost_of(views: Sequence[encoder_service_pb2.View]) -> int:
     return 1 + min(size // 2**20, _MAX_WAITING_WORK // 2)
 
 
-async def _charge(summary: pruner_service_pb2.PruneSummary) -> None:
+async def _charge(summary: pruner_service_pb2.PruneSummary, *, is_paid: bool = False) -> None:
     """Counts the tokens that were kept, where this is the first service of the request. Raises Exhausted."""
-    await quotas.current().reserve(summary.tokens_kept, summary.tokens_before)
+    if not is_paid:
+        await quotas.current().reserve(summary.tokens_kept, summary.tokens_before)
     if summary.tokens_before:
         method = pruner_service_pb2.Method.Name(summary.policy.method).removeprefix("METHOD_").lower()
         telemetry.observe("hiprune.retention", summary.tokens_kept / summary.tokens_before, method=method)
@@ -416,10 +397,15 @@ def _policy_of_tokens(
     return policies.resolve_layers(policy, object_layer=object_layer, deep_layer=deep_layer, has_cls=has_cls)
 
 
-def _prune_tokens(views: Sequence[encoder_service_pb2.View], policy: Policy, guidance: Guidance) -> Pruned:
+def _prune_tokens(
+    views: Sequence[encoder_service_pb2.View],
+    policy: Policy,
+    guidance: Guidance,
+    is_wanted: Callable[[], bool],
+) -> Pruned:
     """Prunes a stranger's checked views; RANDOM's seed is read from the tokens, for want of an image."""
     is_random = policy.method == pruner_service_pb2.METHOD_RANDOM
-    return prune(views, policy, guidance, seed=_seed_of(views) if is_random else b"")
+    return prune(views, policy, guidance, seed=_seed_of(views) if is_random else b"", is_wanted=is_wanted)
 
 
 def _seed_of(views: Iterable[encoder_service_pb2.View]) -> bytes:

@@ -7,6 +7,7 @@ what has begun goes on to its end, or to where it looks whether anybody still wa
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -42,6 +43,14 @@ class Workers:
         """The result of `work()`, once it is the current tenant's turn. Raises Exhausted, as `work`."""
         async with self._turns.take(auth.current().tenant.name, cost):
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    async def run_wanted(self, work: Callable[[Callable[[], bool]], Result], cost: int = 1) -> Result:
+        """As `run`, of work that is given a way to ask whether its result is still wanted."""
+        left = threading.Event()
+        try:
+            return await self.run(lambda: work(lambda: not left.is_set()), cost)
+        finally:
+            left.set()
 
     def close(self) -> None:
         """Lets the threads go once they are done."""

@@ -150,7 +150,7 @@ async def test_times_batches_and_queues_are_told(observed, asked):
             assert value(observed, service, "hiprune_stage_duration_seconds_count", stage=stage) >= 1
     for service, queues in {
         "llm": ("parse", "slots"),
-        "pruner": ("parse", "text", "prune"),
+        "pruner": ("parse", "text", "prune", "compare"),
         "encoder": ("parse", "decode", "vision"),
     }.items():
         for queue in queues:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from hiprune.server import RequestGate
 from hiprune.v1 import encoder_service_pb2 as encoder_pb
 from hiprune.v1 import encoder_service_pb2_grpc, media_pb2, pruner_service_pb2_grpc, tensor_pb2
 from hiprune.v1 import pruner_service_pb2 as pb
+from services.pruner.methods import divprune
 from services.pruner.process import PrunerService
 from services.pruner.settings import Settings
 from services.pruner.text import PairedTextEncoder
@@ -679,6 +681,42 @@ async def test_concurrent_identical_requests_encode_once(pruner, encoder):
     answers = await asyncio.gather(*asked[1:])
     assert len(encoder.calls) == 1
     assert all(answer.media == answers[0].media for answer in answers)
+
+
+async def test_nobody_waits_behind_a_flood_of_divprune_and_who_leaves_it_frees_its_thread(
+    pruner, encoder, monkeypatch
+):
+    begun, ended, go_on = threading.Event(), threading.Event(), threading.Event()
+    check = divprune._check_wanted
+
+    def held(is_wanted) -> None:
+        begun.set()
+        while is_wanted() and not go_on.wait(0.01):
+            pass
+        if not is_wanted():
+            ended.set()
+        check(is_wanted)
+
+    assert status(await pruner.PruneImage(ask(keep_count=20))) == "MISS"
+    monkeypatch.setattr(divprune, "_check_wanted", held)
+    compared = {"method": METHODS["DIVPRUNE"], "keep_count": 5}
+    images = [asyncio.ensure_future(wait_for(pruner.PruneImage(ask(**compared)))) for _ in range(3)]
+    tokens = request(view(features=half(np.eye(16))), **{**compared, "method": "DIVPRUNE"})
+    flood = [*images, *(asyncio.ensure_future(wait_for(pruner.PruneTokens(tokens))) for _ in range(3))]
+    try:
+        assert await asyncio.to_thread(begun.wait, 10)
+        async with asyncio.timeout(10):
+            assert status(await pruner.PruneImage(ask(keep_count=20))) == "PRUNED_HIT"
+            assert status(await pruner.PruneImage(ask(keep_count=21))) == "ENCODED_HIT"
+            await pruner.PruneTokens(request(view(), keep_count=3))
+        assert not any(task.done() for task in flood)
+        for task in flood:
+            task.cancel()
+        assert await asyncio.to_thread(ended.wait, 10)
+    finally:
+        go_on.set()
+    assert len((await pruner.PruneTokens(tokens, timeout=10)).views[0].selection.kept_indices) == 5
+    assert len(encoder.calls) == 1
 
 
 async def wait_for(answer):

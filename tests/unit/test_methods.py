@@ -16,6 +16,7 @@ from hiprune.v1 import pruner_service_pb2 as pb
 from services.pruner import methods
 from services.pruner.methods import divprune as module
 from services.pruner.methods.divprune import divprune, work
+from services.pruner.methods.tokens import Unwanted
 from services.pruner.methods.visionzip import visionzip
 from services.pruner.selection import TokenKind
 
@@ -105,6 +106,19 @@ def test_a_larger_budget_keeps_what_a_smaller_one_does():
     rows = np.random.default_rng(0).standard_normal((60, 12))
     kept = [set(divprune(rows, keep=k).indices.tolist()) for k in range(1, 61)]
     assert all(one < other for one, other in itertools.pairwise(kept))
+
+
+@pytest.mark.parametrize("table", [0, 4096])
+def test_a_choice_that_nobody_wants_any_more_ends_at_the_next_block_or_token(table, monkeypatch):
+    monkeypatch.setattr(module, "TABLE_TOKENS", table)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 40 * 10)  # four blocks of 40 tokens, then 8 more choices
+    rows = np.random.default_rng(0).standard_normal((40, 3))
+    for most in range(12):
+        asked = itertools.count(1)
+        with pytest.raises(Unwanted):
+            divprune(rows, keep=9, is_wanted=lambda most=most, asked=asked: next(asked) <= most)
+        assert next(asked) == most + 2
+    divprune(rows, keep=9, is_wanted=iter([True] * 12).__next__)
 
 
 def test_many_tokens_need_no_table_of_all_pairs():

@@ -14,7 +14,7 @@ from hiprune import tensors
 from hiprune.errors import InvalidInput
 from hiprune.v1 import encoder_service_pb2, pruner_service_pb2, tensor_pb2
 from services.pruner.policy import Policy, resolve_layers
-from services.pruner.pruning import NO_QUESTION, Guidance, check_views, prune, similarities
+from services.pruner.pruning import NO_QUESTION, Guidance, check_views, plan, prune, similarities
 
 View = encoder_service_pb2.View
 METHODS = {name.removeprefix("METHOD_"): value for name, value in pruner_service_pb2.Method.items() if value}
@@ -313,6 +313,16 @@ def test_divprune_reads_features_and_no_score():
     pruned = prune([tokens], policy("DIVPRUNE", keep_count=2), NO_QUESTION, seed=SEED)
     assert kept(pruned) == [(0, V), (15, V)]
     assert pruned.summary.deep_layer == 0
+
+
+def test_what_divprune_keeps_is_known_before_it_is_chosen():
+    padded = {"valid": {"top": 1, "height": 2, "left": 0, "width": 3}}
+    prefix = tensors.to_proto(torch.zeros(1, 2, dtype=torch.float16))
+    views = [worked(prefix_features=prefix), worked(prefix_features=prefix, **padded)]
+    for count in (4, 5, 7, 30):
+        asked = policy("DIVPRUNE", keep_count=count)
+        summary, planned = prune(views, asked, NO_QUESTION, seed=SEED).summary, plan(views, asked)
+        assert (planned.kept, sum(planned.counts)) == (summary.tokens_kept, summary.tokens_before)
 
 
 def test_divprune_refuses_what_would_take_minutes_before_it_reads_a_number():

@@ -9,11 +9,12 @@ import threading
 import pytest
 import torch
 
-from hiprune import auth
+from hiprune import auth, quotas
 from hiprune.auth import Caller, Tenant
 from hiprune.errors import Exhausted
+from hiprune.quotas import Charge
 from hiprune.v1 import encoder_service_pb2, pruner_service_pb2, tensor_pb2
-from services.pruner import service
+from services.pruner import policy, service
 from services.pruner.service import PrunerServicer
 from services.pruner.settings import Settings
 from services.pruner.workers import Workers
@@ -100,6 +101,52 @@ async def test_tenants_questions_take_turns_by_their_length():
     leaves.cancel()
     await asyncio.wait_for(asyncio.gather(*stay), 10)
     assert text.read == [4, 3, 1, 1, 1, 3, 1, 1, 1]
+
+
+def divprune(side: int) -> tuple[list[encoder_service_pb2.View], policy.Policy]:
+    """Views of side × side tokens of LLaVA's width, of which nothing but the size is there, and a policy."""
+    features = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_F32, shape=[side**2, 1024])
+    view = encoder_service_pb2.View(grid_height=side, grid_width=side, features=features)
+    message = pruner_service_pb2.PrunePolicy(method=pruner_service_pb2.METHOD_DIVPRUNE, keep_count=9)
+    return [view], policy.resolve_layers(message, object_layer=1, deep_layer=2)
+
+
+async def test_tenants_comparisons_take_turns_by_their_work_and_so_much_of_it_waits():
+    servicer, gate, order = PrunerServicer(Settings()), threading.Event(), []
+
+    def select(name: str, side: int) -> asyncio.Task:
+        def work(is_wanted) -> None:
+            gate.wait()
+            order.append(name)
+
+        return on_behalf(name, servicer._select(work, *divprune(side)))
+
+    tasks = [select("first", 64)]
+    await asyncio.sleep(0)
+    tasks += [select("large", 64) for _ in range(6)] + [select("small", 32) for _ in range(8)]
+    await asyncio.sleep(0)
+    with pytest.raises(Exhausted, match="compare threads") as caught:
+        await select("large", 64)
+    assert caught.value.reason == "OVERLOADED"
+    gate.set()
+    await asyncio.wait_for(asyncio.gather(*tasks), 10)
+    assert order == ["first", "large"] + ["small"] * 8 + ["large"] * 5
+
+
+async def test_a_comparison_is_paid_for_before_it_begins():
+    class Empty(Charge):
+        async def reserve(self, kept: int, before: int) -> None:
+            raise Exhausted(f"{kept} of {before}", reason="QUOTA")
+
+    begun = []
+
+    async def select() -> None:
+        quotas.enter(Empty())
+        await PrunerServicer(Settings())._select(begun.append, *divprune(4))
+
+    with pytest.raises(Exhausted, match="9 of 16"):
+        await asyncio.create_task(select())
+    assert not begun
 
 
 async def test_the_event_loop_checks_prunes_and_serialises_no_tokens(monkeypatch):

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hiprune.errors import InvalidInput
-from services.pruner.methods.tokens import Tokens, required
+from services.pruner.methods.tokens import Tokens, Unwanted, required
 from services.pruner.policy import Policy
 from services.pruner.selection import Mask, Selection, TokenKind, of_one_kind, open_tokens
 
@@ -52,11 +52,13 @@ def divprune(
     *,
     keep: int,  # K >= 1, an upper bound
     valid: Mask | None = None,  # (N,) bool, False where a token lies wholly in padding; None: all valid
+    is_wanted: Callable[[], bool] = lambda: True,
 ) -> Selection:
     """`min(K, valid tokens)` tokens far from each other, of kind DIVERSE.
 
     A larger `keep` of the same tokens keeps a superset.
-    Raises InvalidInput (`features`, `policy.keep_count`, `valid`).
+    Raises InvalidInput (`features`, `policy.keep_count`, `valid`), and Unwanted once `is_wanted` says no: it
+    is asked before each block of distances and each choice.
     """
     given = np.asarray(features)
     if given.ndim != 2 or not given.shape[0] or given.dtype.kind != "f":
@@ -67,7 +69,7 @@ def divprune(
     is_open, count = open_tokens(given.shape[0], keep, valid)
     candidates = np.flatnonzero(is_open)
     if count < candidates.size:  # else there is nothing to choose
-        candidates = candidates[np.sort(_farthest(_directions(given[candidates]), count))]
+        candidates = candidates[np.sort(_farthest(_directions(given[candidates]), count, is_wanted))]
     return of_one_kind(candidates, TokenKind.DIVERSE)
 
 
@@ -81,7 +83,8 @@ def work(tokens: int, keep: int, channels: int) -> int:
 
 def select(tokens: Tokens, keep: int, policy: Policy) -> Selection:
     """See `divprune`."""
-    return divprune(required(tokens.features, "features"), keep=keep, valid=tokens.valid)
+    features = required(tokens.features, "features")
+    return divprune(features, keep=keep, valid=tokens.valid, is_wanted=tokens.is_wanted)
 
 
 def _directions(rows: Features) -> npt.NDArray[np.float64]:
@@ -96,25 +99,28 @@ def _directions(rows: Features) -> npt.NDArray[np.float64]:
     return wide
 
 
-def _farthest(directions: npt.NDArray[np.float64], count: int) -> npt.NDArray[np.int64]:
-    """`count` of M directions (M, D), count < M, in the order in which they are chosen."""
+def _farthest(
+    directions: npt.NDArray[np.float64], count: int, is_wanted: Callable[[], bool]
+) -> npt.NDArray[np.int64]:
+    """`count` of M directions (M, D), count < M, in the order in which they are chosen. Raises Unwanted."""
     size = len(directions)
     row: Callable[[int], Distances]
     nearest = np.empty(size, dtype=np.int32)  # (M,) of each, how far its nearest other is
     if size <= TABLE_TOKENS:
         table = np.empty((size, size), dtype=np.int32)
-        for start, block in _blocks(directions):
+        for start, block in _blocks(directions, is_wanted):
             table[start : start + len(block)] = block
             nearest[start : start + len(block)] = block.min(axis=1)
         row = table.__getitem__
     else:
-        for start, block in _blocks(directions):
+        for start, block in _blocks(directions, is_wanted):
             nearest[start : start + len(block)] = block.min(axis=1)
         row = lambda token: _distances(directions[token : token + 1], directions)[0]  # noqa: E731
     chosen = np.empty(count, dtype=np.int64)
     chosen[0] = nearest.argmax()  # the first of the highest: ties go to the lower index
     distance = np.full(size, np.iinfo(np.int32).max, dtype=np.int32)  # (M,) to the nearest chosen one
     for place in range(1, count):
+        _check_wanted(is_wanted)
         last = chosen[place - 1]
         np.minimum(distance, row(int(last)), out=distance)
         distance[last] = -1  # and stays so: no distance is below 0
@@ -122,15 +128,23 @@ def _farthest(directions: npt.NDArray[np.float64], count: int) -> npt.NDArray[np
     return chosen
 
 
-def _blocks(directions: npt.NDArray[np.float64]) -> Iterator[tuple[int, Distances]]:
+def _blocks(
+    directions: npt.NDArray[np.float64], is_wanted: Callable[[], bool]
+) -> Iterator[tuple[int, Distances]]:
     """Some rows of all distances at a time, and where they start; a token is farthest from itself."""
     size = len(directions)
     rows = max(1, _CHUNK_ELEMENTS // size)
     for start in range(0, size, rows):
+        _check_wanted(is_wanted)
         block = _distances(directions[start : start + rows], directions)  # (≤rows, M)
         own = np.arange(len(block))
         block[own, start + own] = np.iinfo(np.int32).max
         yield start, block
+
+
+def _check_wanted(is_wanted: Callable[[], bool]) -> None:
+    if not is_wanted():
+        raise Unwanted
 
 
 def _distances(some: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> Distances:

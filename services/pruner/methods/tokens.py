@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,12 @@ class Tokens:
     features: npt.NDArray[np.floating[Any]] | None = None  # (N, D)
     seed: bytes = b""
     """A digest of the view, for what is drawn."""
+    is_wanted: Callable[[], bool] = lambda: True
+    """Whether anybody still waits; what takes long asks now and then, and raises Unwanted."""
+
+
+class Unwanted(Exception):
+    """Nobody waits for the selection any more, so nobody sees this."""
 
 
 def required(found: npt.NDArray[Any] | None, field: str) -> npt.NDArray[Any]:

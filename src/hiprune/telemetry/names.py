@@ -132,7 +132,7 @@ REASONS: Final = (
 """`ErrorInfo.reason` of every error of ours; CLIENT_LEFT where nobody waits for one, OTHER for any else."""
 LEVELS: Final = ("encoded", "pruned")
 METHODS: Final = ("none", "hiprune", "hiprune_plus_plus", "random", "strided", "visionzip", "divprune")
-QUEUES: Final = ("parse", "decode", "vision", "text", "prune", "slots")
+QUEUES: Final = ("parse", "decode", "vision", "text", "prune", "compare", "slots")
 POOLS: Final = ("requests", "slots")
 
 _SECONDS: Final = (
@@ -233,7 +233,7 @@ HISTOGRAMS: Final = {
 GAUGES: Final = {
     "hiprune.queue.depth": Instrument(
         "{item}",
-        "what waits: vision in patches, parse, text and prune in their cost, decode and slots in requests",
+        "what waits: vision in patches, decode and slots in requests, all others in their cost",
         {"queue": QUEUES},
     ),
     "hiprune.queue.limit": Instrument(
