@@ -34,6 +34,11 @@ class Encoded:
     """Where rows of the views lie that are not in `image`."""
     timings: Sequence[encoder_service_pb2.StageTiming] = ()
 
+    @property
+    def has_cls_scores(self) -> bool:
+        """Whether attention from CLS was recorded: not without a CLS, and not by an encoder from before."""
+        return any(entry.HasField("cls_scores") for view in self.image.views for entry in view.attention)
+
 
 class RemoteEncoder:
     """Asks one encoder. `text_digest` is the pruner's own text model's, empty without one."""

@@ -56,6 +56,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._records_cls = False  # whether the encoder's last answer held attention from CLS
         self._flights: SingleFlight[bytes, _Status] = SingleFlight()
         # one thread: the text encoder is not for several
         self._reader = Workers(1, "text", max_waiting=_MAX_WAITING_CHUNKS)
@@ -189,7 +190,11 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
     async def _prune(
         self, encoded: Encoded, policy: Policy, vector: torch.Tensor | None, digest: bytes
     ) -> pruner_service_pb2.PrunedMedia:
-        """Selection over an encoded image, off the event loop."""
+        """Selection over an encoded image, off the event loop. Raises Mismatch."""
+        if policy.reads_cls and not encoded.has_cls_scores:
+            raise Mismatch(
+                "the encoder does not record attention from CLS: upgrade it", field="policy.method"
+            )
 
         def work(is_wanted: Callable[[], bool]) -> pruner_service_pb2.PrunedMedia:
             guidance = NO_QUESTION
@@ -240,7 +245,7 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         aligned = self._text is not None and facts.compares == "aligned" and keeps
         cached = await self._cache.get_encoded(keys, digest)
         if cached is not None:
-            if self._serves(cached, layers, aligned):
+            if self._serves(cached, layers, aligned, policy):
                 return Encoded(cached), pruner_service_pb2.CACHE_STATUS_ENCODED_HIT
             # replaced by the union, so that two policies do not drive each other out
             layers |= {entry.layer for entry in cached.views[0].attention}
@@ -252,12 +257,13 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
 
         async def find() -> _Status | None:
             image = await self._cache.get_encoded(keys, digest, again=True)
-            if image is None or not self._serves(image, layers, aligned):
+            if image is None or not self._serves(image, layers, aligned, policy):
                 return None
             return Encoded(image), pruner_service_pb2.CACHE_STATUS_ENCODED_HIT
 
         async def make() -> tuple[_Status, asyncio.Future[None]]:
             encoded = await self._encoder.encode(request, self._workers)
+            self._records_cls = encoded.has_cls_scores
             stored = self._cache.put_encoded(keys, digest, encoded.image, encoded.memory)
             return (encoded, pruner_service_pb2.CACHE_STATUS_MISS), stored
 
@@ -270,15 +276,20 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         return encoded, status
 
     def _serves(
-        self, image: encoder_service_pb2.EncodeImageResponse, layers: set[int], aligned: bool
+        self,
+        image: encoder_service_pb2.EncodeImageResponse,
+        layers: set[int],
+        aligned: bool,
+        policy: Policy,
     ) -> bool:
         """Whether a cached image holds the scores of these layers, and `aligned` if that is wanted.
 
-        Of a tower with CLS also the attention from it, which earlier versions did not record.
+        Earlier versions did not record attention from CLS. It is wanted where the policy reads it, and where
+        the encoder would send it: while an old one does not, what it encoded is as good as it gets.
         """
-        has_cls = self._checkpoint.facts.has_cls
+        wants_cls = policy.reads_cls or self._records_cls
         held = {
-            entry.layer for entry in image.views[0].attention if entry.HasField("cls_scores") or not has_cls
+            entry.layer for entry in image.views[0].attention if entry.HasField("cls_scores") or not wants_cls
         }
         return layers <= held and (image.views[0].HasField("aligned") or not aligned)
 

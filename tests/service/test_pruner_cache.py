@@ -15,7 +15,7 @@ from hiprune.checkpoints import open_checkpoint
 from hiprune.errors import Internal, from_rpc
 from hiprune.v1 import media_pb2, pruner_service_pb2_grpc, tensor_pb2
 from hiprune.v1 import pruner_service_pb2 as pb
-from tests.service.test_pruner_tokens import Encoder, Serving, started
+from tests.service.test_pruner_tokens import Encoder, Serving, started, without_cls
 
 MISS, ENCODED, PRUNED = pb.CACHE_STATUS_MISS, pb.CACHE_STATUS_ENCODED_HIT, pb.CACHE_STATUS_PRUNED_HIT
 
@@ -70,6 +70,22 @@ async def test_pruners_that_are_asked_for_the_same_image_at_once_have_it_encoded
     assert found[0].media == answer.media
     await other.cache.settled()
     assert (await one.ask(b"at once", keep=30)).cache == PRUNED
+
+
+async def test_what_an_encoder_from_before_encodes_for_one_pruner_serves_the_others(encoder, replicas):
+    one, other, _ = replicas
+    encoder.bend = without_cls
+    encoder.go_on.clear()
+    first = one.ask(b"from before")
+    await encoder.called.wait()
+    second = other.ask(b"from before", keep=30)
+    await asyncio.sleep(0.1)
+    encoder.go_on.set()
+    assert [(await first).cache, (await second).cache] == [MISS, ENCODED]
+    await one.cache.settled()
+    answers = [await one.ask(b"from before", keep=40), await other.ask(b"from before", keep=50)]
+    assert [each.cache for each in answers] == [ENCODED, ENCODED]
+    assert len(encoder.calls) == 1
 
 
 async def test_a_client_that_leaves_one_pruner_fails_nobody_at_the_other(encoder, replicas):

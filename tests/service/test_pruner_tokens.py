@@ -733,11 +733,7 @@ async def test_scores_of_another_layer_are_not_served_from_the_cache(pruner):
 
 
 async def test_an_encoded_image_without_attention_from_cls_is_encoded_anew_and_replaced(pruner, encoder):
-    def old(response):
-        for entry in response.views[0].attention:
-            entry.ClearField("cls_scores")
-
-    encoder.bend = old
+    encoder.bend = without_cls
     assert status(await pruner.PruneImage(ask(b"old"))) == "MISS"
     encoder.bend = lambda response: None
     zipped = ask(b"old", method=METHODS["VISIONZIP"], keep_count=20, include_scores=True)
@@ -746,6 +742,31 @@ async def test_an_encoded_image_without_attention_from_cls_is_encoded_anew_and_r
     assert answer.media.views[0].selection.scores.HasField("cls")
     again = ask(b"old", method=METHODS["VISIONZIP"], keep_count=30)
     assert status(await pruner.PruneImage(again)) == "ENCODED_HIT"
+
+
+def without_cls(response) -> None:
+    """As an encoder answers that does not record attention from CLS yet."""
+    for entry in response.views[0].attention:
+        entry.ClearField("cls_scores")
+
+
+async def test_an_encoder_from_before_has_its_images_found_and_visionzip_refused(pruner, encoder):
+    assert status(await pruner.PruneImage(ask(b"new"))) == "MISS"
+    encoder.bend = without_cls
+    assert status(await pruner.PruneImage(ask(b"old", keep_count=20))) == "MISS"
+    assert status(await pruner.PruneImage(ask(b"old", keep_count=21))) == "ENCODED_HIT"
+    random = ask(b"old", method=METHODS["RANDOM"])
+    assert status(await pruner.PruneImage(random)) == "ENCODED_HIT"
+    assert len(encoder.calls) == 2
+    error = await error_of(pruner.PruneImage(ask(b"old", method=METHODS["VISIONZIP"])))
+    assert (type(error), error.field) == (Mismatch, "policy.method")
+    assert "does not record attention from CLS: upgrade it" in str(error)
+    encoder.bend = lambda response: None
+    assert status(await pruner.PruneImage(ask(b"newer"))) == "MISS"
+    assert (
+        status(await pruner.PruneImage(ask(b"old", keep_count=22))) == "MISS"
+    )  # and replaced, whatever asks
+    assert status(await pruner.PruneImage(ask(b"old", method=METHODS["VISIONZIP"]))) == "ENCODED_HIT"
 
 
 async def test_a_control_reports_no_score_that_it_did_not_read(pruner):
