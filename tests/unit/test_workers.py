@@ -125,10 +125,12 @@ async def test_tenants_comparisons_take_turns_by_their_work_and_so_much_of_it_wa
     await asyncio.sleep(0)
     tasks += [select("large", 64) for _ in range(6)] + [select("small", 32) for _ in range(8)]
     await asyncio.sleep(0)
-    with pytest.raises(Exhausted, match="compare threads") as caught:
-        await select("large", 64)
+    try:
+        with pytest.raises(Exhausted, match="compare threads") as caught:
+            await asyncio.wait_for(select("large", 64), 5)
+    finally:
+        gate.set()
     assert caught.value.reason == "OVERLOADED"
-    gate.set()
     await asyncio.wait_for(asyncio.gather(*tasks), 10)
     assert order == ["first", "large"] + ["small"] * 8 + ["large"] * 5
 
