@@ -18,7 +18,8 @@ SOURCES = [
     path.read_text("utf-8")
     for folder in ("src/hiprune", "services")
     for path in (ROOT / folder).rglob("*.py")
-    if not {"v1", "gateway"} & {*path.parts}  # errors in HTTP are the gateway's own
+    # errors in HTTP are the gateway's own, and what a command says by itself is counted nowhere
+    if not {"v1", "gateway", "commands", "cli.py"} & {*path.parts}
 ]
 
 
