@@ -11,8 +11,11 @@ from playwright.async_api import Page
 from hiprune.errors import Exhausted, Unavailable
 from tests.browsers import SAMPLED, Visit
 from tests.gateways import KEY, ScriptedLlm, gateway, scripted_llm
+from tests.stacks import picture, questions
 
 pytestmark = pytest.mark.extra
+
+PICTURE = {"name": "chosen.png", "mimeType": "image/png", "buffer": picture(questions()[0]["image"])}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,13 @@ def url(llm: ScriptedLlm, served: tuple[ScriptedLlm, str]) -> str:
 async def ask(page: Page) -> None:
     await page.wait_for_selector(SAMPLED)
     await page.click("#submit")
+
+
+async def drawn(page: Page) -> None:
+    """Waits until what was due to be drawn is drawn."""
+    await page.evaluate(
+        "new Promise(done => setTimeout(() => requestAnimationFrame(() => requestAnimationFrame(done))))"
+    )
 
 
 @pytest.mark.parametrize("how", ["button", "escape"])
@@ -66,6 +76,27 @@ async def test_an_answer_can_be_cancelled_and_the_llms_work_ends(
     await page.click("#submit")
     await page.wait_for_selector("#answer-unpruned[data-state=done]")
     assert await page.text_content("#answer-pruned .answer") == "a red circle"
+
+
+async def test_a_picture_chosen_during_an_answer_stays_and_that_answer_does_not_come_back(
+    visit: Visit, url: str, llm: ScriptedLlm
+) -> None:
+    async def pace(place: int) -> None:
+        if place == 1:
+            await asyncio.Event().wait()
+
+    llm.pace = pace
+    page = await visit(url)
+    await ask(page)
+    await page.wait_for_selector("#answer-pruned .answer:has-text('a')")
+    await page.set_input_files("#file", PICTURE)
+    await page.wait_for_selector("#picture-name:has-text('chosen.png')")
+    async with asyncio.timeout(10):
+        await llm.asked[0].ended.wait()
+    await drawn(page)
+    assert await page.is_hidden("#answers")
+    assert await page.is_hidden("#lists")
+    assert await page.get_attribute("#canvas", "aria-label") == "The picture chosen.png"
 
 
 async def test_an_answer_is_shown_as_it_comes(visit: Visit, url: str, llm: ScriptedLlm) -> None:

@@ -11,6 +11,7 @@ const stage = new Stage();
 const comparison = new Comparison(open);
 const form = new Form({ changed: takePicture, asked, cancelled: cancel });
 let running = null; // the AbortController of what is under way
+let showing = null; // the run that the page shows alone; null for a picture or a comparison
 let last = null; // the unpruned answer, and what it was asked with
 let counting = 0; // the timer that says when to come back
 
@@ -20,6 +21,7 @@ function takePicture(picture) {
 }
 
 function showPicture(picture) {
+  showing = null;
   find("compare").hidden = true;
   stage.show(picture, null, "Ask, and see which tokens of the picture stay.");
   showResult(null, null);
@@ -70,9 +72,11 @@ async function one(signal) {
   let unpruned = null;
   if (form.wantsUnpruned && run.method !== "none") unpruned = known ? last.run : { method: "none", state: "waiting" };
   find("compare").hidden = true;
+  showing = run;
   reveal();
   say("Asking.");
   const show = frames(() => {
+    if (showing !== run) return; // of an aborted answer the last is heard when something else stands there
     if (imageOf(run) && stage.pruned !== imageOf(run)) stage.show(picture, imageOf(run), scopeOf(run));
     showResult(run, unpruned);
   });
@@ -98,6 +102,7 @@ async function one(signal) {
 async function compare(signal) {
   const { methods, keeps } = form.cells;
   form.body("none"); // says what is missing before a grid is made for it
+  showing = null;
   const runs = comparison.begin(methods, keeps, form.picture);
   const bodies = new Map(runs.map((run) => [run, form.body(run.method, run.keep)]));
   const progress = find("progress");
