@@ -27,6 +27,12 @@ _FINISH: Final = {
 }
 
 
+_REPORT_WORK: Final = 64
+"""What a byte of a detailed report takes to tell, in bytes of JSON read: of 100 000 scores, 0.3 s."""
+# gives other threads their turn between two of its pieces, as json.dumps does not
+_YIELDING: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 class Reply:
     """One answer in the making."""
 
@@ -37,6 +43,10 @@ class Reply:
         self._detailed = chat.wants_report
         self._scored = chat.wants_scores
         self._usage_in_stream = chat.includes_usage
+
+    def work(self, report: llm_service_pb2.PruningReport) -> int:
+        """What telling the report takes, in bytes of JSON read."""
+        return _REPORT_WORK * report.ByteSize() if self._detailed else 0
 
     def whole(
         self, text: str, report: llm_service_pb2.PruningReport, completion: llm_service_pb2.Completion
@@ -60,7 +70,7 @@ class Reply:
         }
         if self._detailed:
             content["pruning"]["timings_ms"] = milliseconds(completion.timings)
-        return _json(content)
+        return _json(content, yielding=self._scored)
 
     def opening(self, report: llm_service_pb2.PruningReport) -> bytes:
         """The first chunk: who speaks, and what was pruned."""
@@ -86,9 +96,9 @@ class Reply:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         if self._usage_in_stream:
             more["usage"] = None
-        return self._event({"choices": [choice], **more})
+        return self._event({"choices": [choice], **more}, yielding=self._scored and "pruning" in more)
 
-    def _event(self, content: dict[str, Any]) -> bytes:
+    def _event(self, content: dict[str, Any], *, yielding: bool = False) -> bytes:
         return event(
             {
                 "id": self._id,
@@ -96,13 +106,14 @@ class Reply:
                 "created": self._created,
                 "model": self._model,
                 **content,
-            }
+            },
+            yielding=yielding,
         )
 
 
-def event(content: dict[str, Any]) -> bytes:
-    """A server-sent event."""
-    return b"data: " + _json(content) + b"\n\n"
+def event(content: dict[str, Any], *, yielding: bool = False) -> bytes:
+    """A server-sent event. `yielding`: made so that other threads get their turn meanwhile."""
+    return b"data: " + _json(content, yielding=yielding) + b"\n\n"
 
 
 def usage_of(usage: llm_service_pb2.Usage) -> dict[str, Any]:
@@ -131,5 +142,7 @@ def headers_of(report: llm_service_pb2.PruningReport) -> dict[str, str]:
     }
 
 
-def _json(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+def _json(content: dict[str, Any], *, yielding: bool = False) -> bytes:
+    if yielding:
+        return "".join(_YIELDING.iterencode(content)).encode()
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()

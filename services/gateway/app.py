@@ -128,9 +128,9 @@ class Gateway:
                     raise from_hiprune(error, naming) from error
             headers = answers.headers_of(report)
             if streamed:
-                return EventStream(_chunks(reply, report, events), headers, held.pop_all())
+                return EventStream(_chunks(reply, report, events, self._worker), headers, held.pop_all())
             try:
-                content = await _whole(reply, report, events)
+                content = await _whole(reply, report, events, self._worker)
             except HipruneError as error:
                 raise from_hiprune(error, naming) from error
             return Response(content, headers=headers, media_type="application/json")
@@ -333,9 +333,12 @@ async def _report(events: AsyncGenerator[Event, None]) -> llm_service_pb2.Prunin
 
 
 async def _chunks(
-    reply: Reply, report: llm_service_pb2.PruningReport, events: AsyncGenerator[Event, None]
+    reply: Reply,
+    report: llm_service_pb2.PruningReport,
+    events: AsyncGenerator[Event, None],
+    worker: Worker,
 ) -> AsyncGenerator[bytes, None]:
-    yield reply.opening(report)
+    yield await worker.run(reply.work(report), functools.partial(reply.opening, report))
     ended = False
     async for event in events:
         if event.WhichOneof("event") == "delta":
@@ -349,7 +352,10 @@ async def _chunks(
 
 
 async def _whole(
-    reply: Reply, report: llm_service_pb2.PruningReport, events: AsyncGenerator[Event, None]
+    reply: Reply,
+    report: llm_service_pb2.PruningReport,
+    events: AsyncGenerator[Event, None],
+    worker: Worker,
 ) -> bytes:
     texts = []
     completion = None
@@ -360,7 +366,8 @@ async def _whole(
             completion = event.completion
     if completion is None:
         raise _cut_short()
-    return reply.whole("".join(texts), report, completion)
+    telling = functools.partial(reply.whole, "".join(texts), report, completion)
+    return await worker.run(reply.work(report), telling)
 
 
 def _cut_short() -> Internal:

@@ -30,7 +30,7 @@ from hiprune.errors import (
 )
 from hiprune.v1 import llm_service_pb2
 from hiprune.v1 import pruner_service_pb2 as pruner_pb
-from services.gateway import chat
+from services.gateway import answers, chat, reports
 from services.gateway.backend import Backend
 from services.gateway.fetch import Fetcher
 from tests.gateways import KEY, MODEL, ScriptedLlm, gateway, scripted_llm
@@ -203,6 +203,27 @@ async def test_scores_come_if_asked_and_bring_the_report(client, llm):
     (image_report,) = answer.pruning["images"]
     assert image_report["policy"] == {"method": "hiprune", "keep": 65}
     assert image_report["views"][0]["scores"] == {"object": [index / 4 for index in range(196)]}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_many_scores_are_told_beside_the_loop_and_few_at_once(client, llm, monkeypatch, streamed):
+    threads = []
+
+    def told(*args: Any, **options: Any) -> Any:
+        threads.append(threading.get_ident())
+        return reports.pruning_of(*args, **options)
+
+    monkeypatch.setattr(answers, "pruning_of", told)
+    for llm.media in (1, 20):
+        answer = await client.chat.completions.create(
+            model=MODEL, messages=ASK, stream=streamed, extra_body={"pruning": {"scores": True}}
+        )
+        chunks = [chunk async for chunk in answer] if streamed else [answer]
+        images = chunks[0].pruning["images"]
+        assert len(images) == llm.media
+        assert images[-1]["views"][0]["scores"] == {"object": [index / 4 for index in range(196)]}
+    small, large = threads
+    assert small == threading.get_ident() != large
 
 
 async def test_a_stream_with_a_report_ends_with_the_language_models_times(client):
