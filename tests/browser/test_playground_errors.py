@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from playwright.async_api import Page
+from playwright.async_api import Page, Route
 
 from hiprune.errors import Exhausted, Unavailable
 from tests.browsers import SAMPLED, Visit
@@ -99,6 +99,49 @@ async def test_a_picture_chosen_during_an_answer_stays_and_that_answer_does_not_
     assert await page.get_attribute("#canvas", "aria-label") == "The picture chosen.png"
 
 
+async def test_a_sample_that_comes_late_does_not_replace_a_newer_choice(visit: Visit, url: str) -> None:
+    page = await visit(url)
+    await page.wait_for_selector(SAMPLED)
+    go_on, gone_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        await go_on.wait()
+        await route.continue_()
+        gone_on.set()
+
+    await page.route("**/playground/samples/*", hold)
+    async with page.expect_request_finished() as late:
+        await page.click("#samples button >> nth=1")
+        await page.set_input_files("#file", PICTURE)
+        await page.wait_for_selector("#picture-name:has-text('chosen.png')")
+        go_on.set()
+        await gone_on.wait()
+    await (await late.value).response()
+    await drawn(page)
+    await drawn(page)
+    assert "chosen.png" in (await page.text_content("#picture-name") or "")
+    assert await page.locator("#samples [aria-pressed=true]").count() == 0
+
+
+async def test_of_methods_to_compare_one_is_wanted_and_the_word_goes_when_one_is_ticked(
+    visit: Visit, url: str
+) -> None:
+    page = await visit(url)
+    await page.wait_for_selector(SAMPLED)
+    await page.check("[name=mode][value=compare]", force=True)
+    for method in ("hiprune", "hiprune++", "random"):
+        await page.uncheck(f"[name=compared][value='{method}']", force=True)
+    await page.click("#submit")
+    await page.wait_for_selector("#compared-methods-error:has-text('Choose one')")
+    assert await page.locator("[name=compared][aria-invalid=true]").count() == 1
+    await page.check("[name=mode][value=one]", force=True)
+    assert await page.locator("[name=compared][aria-invalid=true]").count() == 1  # still none is chosen
+    await page.check("[name=mode][value=compare]", force=True)
+    await page.check("[name=compared][value=random]", force=True)
+    assert await page.is_hidden("#compared-methods-error")
+    assert await page.locator("[aria-invalid]").count() == 0
+
+
 async def test_an_answer_is_shown_as_it_comes(visit: Visit, url: str, llm: ScriptedLlm) -> None:
     go_on = asyncio.Event()
 
@@ -131,13 +174,39 @@ async def test_of_a_spent_quota_it_is_told_when_to_come_back(
     llm.error = Exhausted("requests a minute are spent", reason="QUOTA", retry_after_s=2)
     page = await visit(url, refused=True)
     await ask(page)
-    await page.wait_for_selector("#form-error:has-text('Again in')")
+    await page.wait_for_selector("#form-wait:has-text('Again in')")
     assert "requests a minute are spent" in (await page.text_content("#form-error") or "")
-    await page.wait_for_selector("#form-error:has-text('You may try again now')")
+    await page.wait_for_selector("#form-wait:has-text('You may try again now')")
+    assert await page.text_content("#said") == "You may try again now."
     llm.error = None
     await page.click("#submit")
     await page.wait_for_selector("#answer-unpruned[data-state=done]")
     assert await page.is_hidden("#form-error")
+    assert await page.is_hidden("#form-wait")
+
+
+async def test_while_it_counts_down_each_error_is_announced_once(
+    visit: Visit, url: str, llm: ScriptedLlm
+) -> None:
+    llm.error = Exhausted("requests a minute are spent", reason="QUOTA", retry_after_s=60)
+    page = await visit(url, refused=True)
+    await page.evaluate(
+        """() => {
+          const place = document.querySelector("#form-error");
+          window.announced = [];
+          const note = () => place.ariaLive === "off" || announced.push(place.textContent);
+          new MutationObserver(note).observe(place, {childList: true});
+        }"""
+    )
+    await ask(page)
+    await page.wait_for_selector("#form-wait:has-text('Again in 59')")
+    assert await page.get_attribute("#form-wait", "aria-hidden") == "true"
+    llm.error = Unavailable("the language model went away")
+    await page.click("#submit")
+    await page.wait_for_selector("#form-error:has-text('went away')")
+    first, second = await page.evaluate("announced")
+    assert "requests a minute are spent" in first
+    assert "the language model went away" in second
 
 
 async def test_a_comparison_ends_at_a_spent_quota(visit: Visit, url: str, llm: ScriptedLlm) -> None:
@@ -151,7 +220,7 @@ async def test_a_comparison_ends_at_a_spent_quota(visit: Visit, url: str, llm: S
 
     llm.pace = pace
     await page.click("#submit")
-    await page.wait_for_selector("#form-error:has-text('Again in')")
+    await page.wait_for_selector("#form-wait:has-text('Again in')")
     await page.wait_for_selector("#progress", state="hidden")
     assert 3 <= len(llm.asked) <= 6  # of 13
     assert await page.locator("#grid button[data-state=cancelled]").count() >= 7

@@ -7,6 +7,7 @@ import { read } from "./picture.js";
 const OPTIONS = ["alpha", "beta", "object_layer", "buffer", "text_budget"]; // of `pruning`, where they are set
 const NUMBERS = new Set(["alpha", "beta", "object_layer", "max_completion_tokens", "temperature"]);
 const MOST_CELLS = 30;
+const FIELDS = { file: "picture", compared: "compared-methods" }; // of inputs that are not named as their field
 
 /** What is wrong with one field. */
 export class FieldError extends Error {
@@ -21,6 +22,7 @@ export class Form {
   constructor({ changed, asked, cancelled }) {
     this.changed = changed;
     this.picture = null;
+    this.chosen = 0; // how many pictures were: what comes of an earlier one comes too late
     this.samples = [];
     this.maxBytes = Infinity;
     this.form = find("ask");
@@ -115,25 +117,31 @@ export class Form {
       return button;
     }));
     this.samples = samples;
-    if (samples.length && !this.picture) await this.#sample(samples[0]);
+    if (samples.length && !this.chosen) await this.#sample(samples[0]);
   }
 
   async #sample(sample) {
+    const chosen = (this.chosen += 1);
     try {
       const answer = await fetch(sample.url);
       if (!answer.ok) throw new Error("This sample is not there any more.");
-      await this.#take(await answer.blob(), sample.name, sample);
+      const blob = await answer.blob();
+      if (chosen === this.chosen) await this.#take(blob, sample.name, sample);
     } catch (error) {
-      this.refuse(new FieldError("picture", error.message));
+      if (chosen === this.chosen) this.refuse(new FieldError("picture", error.message));
     }
   }
 
   async #take(blob, name, sample = null) {
+    const chosen = (this.chosen += 1);
+    let picture;
     try {
-      this.picture = await read(blob, name, this.maxBytes);
+      picture = await read(blob, name, this.maxBytes);
     } catch (error) {
-      return this.refuse(new FieldError("picture", error.message));
+      return chosen === this.chosen && this.refuse(new FieldError("picture", error.message));
     }
+    if (chosen !== this.chosen) return null;
+    this.picture = picture;
     this.#clear("picture");
     const preview = find("preview");
     preview.src = this.picture.url;
@@ -178,7 +186,7 @@ export class Form {
   #methods() {
     const hint = find("method-hint");
     const pill = (name, type, method, checked) => {
-      const input = el("input", { type, name, value: method });
+      const input = el("input", { type, name, value: method, "aria-describedby": `${FIELDS[name] ?? name}-error` });
       input.checked = checked;
       return el("label", {}, input, el("span", {}, method));
     };
@@ -237,10 +245,12 @@ export class Form {
   }
 
   #clear(field) {
-    const place = find(`${field === "file" ? "picture" : field}-error`);
-    if (place) place.hidden = true;
+    const place = find(`${FIELDS[field] ?? field}-error`);
     find("form-error").hidden = true;
-    for (const input of this.form.querySelectorAll("[aria-invalid]")) if (!place || input.getAttribute("aria-describedby")?.includes(place.id) || input.id === field) input.removeAttribute("aria-invalid");
+    find("form-wait").hidden = true;
+    if (!place) return;
+    place.hidden = true;
+    for (const input of this.form.querySelectorAll("[aria-invalid]")) if (input.getAttribute("aria-describedby")?.includes(place.id)) input.removeAttribute("aria-invalid");
   }
 
   /** Takes back all that was said to be wrong. */

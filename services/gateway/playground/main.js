@@ -30,6 +30,7 @@ function showPicture(picture) {
 async function asked() {
   running?.abort();
   clearInterval(counting);
+  find("form-wait").hidden = true;
   form.clear();
   const controller = new AbortController();
   running = controller;
@@ -155,16 +156,18 @@ function wrong(error, before = "") {
   form.refuse(error);
   if (!error.retryAfterS) return;
   const until = performance.now() + 1000 * error.retryAfterS;
-  const place = find("form-error");
-  const said = error.message.replace(/\.$/, "");
+  const place = find("form-wait"); // hidden from who listens: said at its ends, not every second
+  place.hidden = false;
   clearInterval(counting);
   const count = () => {
     const left = Math.ceil((until - performance.now()) / 1000);
-    place.textContent = `${said}. ${left > 0 ? `Again in ${left} s.` : "You may try again now."}`;
-    if (left <= 0) clearInterval(counting);
+    place.textContent = left > 0 ? `Again in ${left} s.` : "You may try again now.";
+    if (left > 0) return;
+    clearInterval(counting);
+    say(place.textContent);
   };
-  place.setAttribute("aria-live", "off"); // said once, not every second
   count();
+  say(place.textContent);
   counting = setInterval(count, 500);
 }
 
