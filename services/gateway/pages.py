@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -97,7 +98,7 @@ class Playground:
         for name, questions in _questions(settings).items():
             address = f"/playground/samples/{name}"
             self._files[address] = _picture(Path(settings.samples), name)
-            samples.append({"url": address, "name": Path(name).stem, "questions": questions})
+            samples.append({"url": quote(address), "name": Path(name).stem, "questions": questions})
         setup = {"samples": samples, "max_image_bytes": settings.max_image_bytes}
         self._files["/playground/setup.json"] = File(json.dumps(setup).encode(), "application/json")
 
@@ -147,14 +148,13 @@ def _picture(folder: Path, name: str) -> File:
     if kind is None or Path(name).name != name:
         raise _wrong(str(folder), f"pictures by name, of {', '.join(_PICTURES)}, where it names {name!r}")
     try:
-        content = path.read_bytes()
+        size = path.stat().st_size
+        if size > MAX_SAMPLE_BYTES:
+            expected = f"at most {MAX_SAMPLE_BYTES} bytes a picture, where {name} has {size}"
+            raise _wrong(str(folder), expected)
+        return File(path.read_bytes(), kind)
     except OSError as error:
         raise _wrong(str(folder), f"the {name} that it names: {error.strerror}") from error
-    if len(content) > MAX_SAMPLE_BYTES:
-        raise _wrong(
-            str(folder), f"at most {MAX_SAMPLE_BYTES} bytes a picture, where {name} has {len(content)}"
-        )
-    return File(content, kind)
 
 
 def _wrong(folder: str, expected: str) -> ConfigError:

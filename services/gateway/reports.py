@@ -5,6 +5,7 @@ Pure; knows the llm's report and the words of `pruning`, and no HTTP.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
 from typing import Any, Final
@@ -96,7 +97,7 @@ def _view_of(view: pb.Selection, room: _Room) -> dict[str, Any]:
         "grid_height": view.grid_height,
         "grid_width": view.grid_width,
         "kept_indices": list(view.kept_indices),
-        "kinds": [KIND_WORDS[kind] for kind in view.kinds],
+        "kinds": [KIND_WORDS.get(kind, str(kind)) for kind in view.kinds],  # a newer llm's: its number
     }
     if view.frame:
         found["frame"] = view.frame
@@ -107,7 +108,12 @@ def _view_of(view: pb.Selection, room: _Room) -> dict[str, Any]:
         return found
     size = len(present) * view.grid_height * view.grid_width
     if room.takes(size):
-        found["scores"] = {name: _numbers(tensor, size // len(present)) for name, tensor in present}
+        told = {name: _numbers(tensor, size // len(present)) for name, tensor in present}
+        unfit = [name for name, numbers in told.items() if not all(map(math.isfinite, numbers))]
+        if len(unfit) < len(told):
+            found["scores"] = {name: numbers for name, numbers in told.items() if name not in unfit}
+        if unfit:
+            found["scores_left_out"] = f"not finite: {', '.join(unfit)}"
     else:
         found["scores_left_out"] = f"more than {MAX_SCORES} numbers in all"
     return found

@@ -122,6 +122,16 @@ async def test_the_playground_can_be_switched_off():
             assert answer.json()["error"]["code"] == "not_found"
 
 
+async def test_a_sample_is_there_at_its_address_whatever_its_name(tmp_path):
+    name = "a#1 é?.png"
+    (tmp_path / name).write_bytes(b"a")
+    (tmp_path / "questions.json").write_text(json.dumps([{"image": name, "question": "one ?"}]))
+    async with gateway(LLM, samples=str(tmp_path)) as url, httpx2.AsyncClient(base_url=url) as client:
+        (offered,) = (await client.get("/playground/setup.json")).json()["samples"]
+        assert offered["name"] == "a#1 é?"
+        assert (await client.get(offered["url"])).content == b"a"
+
+
 def test_an_operators_samples_are_offered_in_the_order_of_the_file(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"b")
     (tmp_path / "a.webp").write_bytes(b"a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 
 import pytest
@@ -54,6 +55,22 @@ def test_a_report_holds_a_bounded_number_of_scores(monkeypatch):
     assert ["scores" in each for each in told] == [True, False, True]
     assert told[1]["scores_left_out"] == "more than 5 numbers in all"
     assert told[1]["kept_indices"] == [0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_scores_that_json_cannot_tell_are_left_out_and_named(value):
+    broken = view(1.0, value)
+    assert "scores" not in one(broken)["views"][0]
+    broken.scores.deep.CopyFrom(vector(1, 2))
+    (told,) = one(broken)["views"]
+    assert told["scores"] == {"deep": [1.0, 2.0]}
+    assert told["scores_left_out"] == "not finite: object"
+
+
+def test_a_kind_that_is_not_known_here_is_told_by_its_number():
+    newer = view(1.0)
+    newer.kinds[:] = [77]
+    assert one(newer)["views"][0]["kinds"] == ["77"]
 
 
 @pytest.mark.parametrize("tensor", [vector(1, 2, 3), tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_F16)])
