@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from playwright.async_api import Page, Route
 
-from hiprune.errors import Exhausted, Unavailable
+from hiprune.errors import Exhausted, InvalidInput, Unavailable
 from tests.browsers import SAMPLED, Visit
 from tests.gateways import KEY, ScriptedLlm, gateway, scripted_llm
 from tests.stacks import picture, questions
@@ -225,6 +225,43 @@ async def test_a_comparison_ends_at_a_spent_quota(visit: Visit, url: str, llm: S
     assert 3 <= len(llm.asked) <= 6  # of 13
     assert await page.locator("#grid button[data-state=cancelled]").count() >= 7
     assert await page.locator("#grid button[data-state=failed]").count() >= 1
+
+
+async def test_a_comparison_of_what_no_method_can_answer_ends_at_the_first(
+    visit: Visit, url: str, llm: ScriptedLlm
+) -> None:
+    llm.error = InvalidInput("is no picture", field="messages[0].parts[0].image")
+    page = await visit(url, refused=True)
+    await page.wait_for_selector(SAMPLED)
+    await page.check("[name=mode][value=compare]", force=True)
+    await page.click("#submit")
+    await page.wait_for_selector("#ask .error:has-text('is no picture')")
+    await page.wait_for_selector("#progress", state="hidden")
+    assert len(llm.asked) == 1  # of 13
+
+
+async def test_padding_is_not_dropped_and_a_newer_services_kind_is_shown_as_it_is_named(
+    visit: Visit, url: str
+) -> None:
+    page = await visit(url)
+    await page.wait_for_selector(SAMPLED)
+    await page.evaluate(
+        """async () => {
+          const { Stage } = await import("/playground/stage.js");
+          const image = document.querySelector("#preview");
+          const valid = { top: 0, left: 0, height: 2, width: 2 };
+          const view = { grid_height: 2, grid_width: 3, valid, kept_indices: [0], kinds: ["77"] };
+          new Stage().show({ image, name: "a.png", width: 112, height: 112 }, { views: [view] }, "");
+        }"""
+    )
+    words = await page.locator("#legend b").all_inner_texts()
+    assert words == ["1", "3"]  # kept, dropped
+    assert await page.text_content("#legend .kind") == "77"
+    assert await page.text_content("#lists [data-kind='77']") == "0"
+    await page.focus("#canvas")
+    for key, kind in (("ArrowRight", "77"), ("ArrowRight", "dropped"), ("ArrowRight", "padding")):
+        await page.keyboard.press(key)
+        assert f"kind {kind}" in (await page.text_content("#token-said") or "")
 
 
 async def test_a_comparison_asks_two_at_a_time_and_can_be_cancelled(

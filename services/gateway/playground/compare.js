@@ -2,7 +2,7 @@
 
 import { el, find, number } from "./dom.js";
 import { draw } from "./overlay.js";
-import { KINDS } from "./kinds.js";
+import { kindsOf } from "./kinds.js";
 import { imageOf, milliseconds } from "./result.js";
 
 const AT_ONCE = 2;
@@ -77,7 +77,7 @@ export class Comparison {
     const image = imageOf(run);
     button.disabled = !image;
     button.dataset.state = run.state;
-    draw(canvas, { picture: this.picture, pruned: image, number: 0, layer: image ? "kept" : "image", kinds: new Set(Object.keys(KINDS)), cursor: null, width: SIDE, height: SIDE });
+    draw(canvas, { picture: this.picture, pruned: image, number: 0, layer: image ? "kept" : "image", kinds: new Set(kindsOf(image?.views[0])), cursor: null, width: SIDE, height: SIDE });
     const lines = [el("b", {}, run.error ? run.error.message : run.text || { waiting: "waits", asking: "…", cancelled: "cancelled" }[run.state] || "(no words)")];
     if (image) lines.push(el("small", {}, `${number(image.tokens_kept)} tokens${run.totalMs ? `, ${milliseconds(run.totalMs)} ms` : ""}`));
     if (run !== this.unpruned && run.state === "done" && this.unpruned.state === "done") {

@@ -11,6 +11,14 @@ export const KINDS = {
   diverse: { colour: "#F0E442", says: "unlike the others kept", mark: "M6 2h4v4h4v4h-4v4h-4v-4h-4v-4h4z" },
 };
 
+const OTHER = { colour: "#999999", says: "of a service newer than this page", mark: "M3 3h10v10H3zM6 6h4v4H6z" };
+
+/** What there is to say of a kind, known here or not. */
+export const kindOf = (kind) => KINDS[kind] ?? OTHER;
+
+/** The kinds in their order, and after them a view's that are not known here. */
+export const kindsOf = (view) => [...new Set([...Object.keys(KINDS), ...(view?.kinds ?? [])])];
+
 export const METHODS = {
   hiprune: "Anchors and their neighbours by the object layer, registers by the deep layer.",
   "hiprune++": "As hiprune, and a share of the budget for what the question asks about.",
@@ -33,7 +41,7 @@ const paths = new Map();
 
 /** A kind's mark as a path of 16 by 16. */
 export function markOf(kind) {
-  if (!paths.has(kind)) paths.set(kind, new Path2D(KINDS[kind].mark));
+  if (!paths.has(kind)) paths.set(kind, new Path2D(kindOf(kind).mark));
   return paths.get(kind);
 }
 

@@ -119,8 +119,9 @@ async function compare(signal) {
     if (!comparison.open && run !== unpruned && !run.error) comparison.choose(run);
     else if (comparison.open === run || run === unpruned) refresh();
     if (!run.error) return true;
-    wrong(run.error, run.error.status === 400 && run.error.param === "pruning.keep" ? `${run.keep}: ` : "");
-    return run.error.status === 400; // what is wrong with one may not be with the next
+    const { status, param } = run.error;
+    wrong(run.error, status === 400 && param === "pruning.keep" ? `${run.keep}: ` : "");
+    return status === 400 && param.startsWith("pruning"); // that alone may not be wrong with the next
   };
   try {
     if (await each(unpruned)) await inTurn(others, each);

@@ -1,6 +1,6 @@
 // Draws a view's tokens over its picture. Knows a canvas, a report's view and colours; knows no event.
 
-import { KINDS, heat, markOf } from "./kinds.js";
+import { heat, kindOf, markOf } from "./kinds.js";
 import { sourceOf } from "./picture.js";
 
 /**
@@ -69,7 +69,7 @@ function drawKept(pen, at, kept, kinds, faded) {
       [column > 0 ? index - 1 : -1, x + inset, y, x + inset, y + h],
       [column < at.columns - 1 ? index + 1 : -1, x + w - inset, y, x + w - inset, y + h],
     ];
-    pen.strokeStyle = KINDS[kind].colour;
+    pen.strokeStyle = kindOf(kind).colour;
     for (const [beside, fromX, fromY, toX, toY] of sides) {
       const within = kept.get(beside) === kind;
       pen.globalAlpha = within ? 0.5 : 1;
@@ -118,7 +118,7 @@ function drawMark(pen, kind, x, y, size) {
   pen.lineWidth = 4;
   pen.strokeStyle = "rgb(255 255 255 / .9)";
   pen.stroke(markOf(kind));
-  pen.fillStyle = KINDS[kind].colour;
+  pen.fillStyle = kindOf(kind).colour;
   pen.fill(markOf(kind), "evenodd");
   pen.restore();
 }
@@ -132,7 +132,7 @@ function drawHeat(pen, at, scores, kept) {
   pen.globalCompositeOperation = "source-over";
   pen.globalAlpha = 0.78;
   for (let index = 0; index < scores.length; index += 1) {
-    if (!isValid(at, index)) continue;
+    if (!isValid(at.valid, at.columns, index)) continue;
     const [x, y] = at.box(index).map(Math.round);
     const [right, below] = [Math.round((index % at.columns + 1) * at.w), Math.round((Math.floor(index / at.columns) + 1) * at.h)];
     pen.fillStyle = heat(shares[index]);
@@ -152,11 +152,12 @@ function drawHeat(pen, at, scores, kept) {
   }
 }
 
-function isValid(at, index) {
-  if (!at.valid) return true;
-  const row = Math.floor(index / at.columns) - at.valid.top;
-  const column = (index % at.columns) - at.valid.left;
-  return row >= 0 && row < at.valid.height && column >= 0 && column < at.valid.width;
+/** Whether a token is no padding, in a grid of so many columns of which a part is valid, or all. */
+export function isValid(valid, columns, index) {
+  if (!valid) return true;
+  const row = Math.floor(index / columns) - valid.top;
+  const column = (index % columns) - valid.left;
+  return row >= 0 && row < valid.height && column >= 0 && column < valid.width;
 }
 
 /** Each score's place in [0, 1] between the least and the largest, by logarithm where none is below 0. */

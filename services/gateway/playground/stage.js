@@ -1,8 +1,8 @@
 // The picture with its tokens: what is shown of it, and the token that a pointer or the arrow keys are on.
 
 import { drawing, el, find, number } from "./dom.js";
-import { KINDS, SCORES } from "./kinds.js";
-import { draw } from "./overlay.js";
+import { SCORES, kindOf, kindsOf } from "./kinds.js";
+import { draw, isValid } from "./overlay.js";
 
 /** In CSS pixels, at most: so that the picture and the answer above it fit a window together. */
 const height = () => Math.max(300, Math.min(620, innerHeight - 300));
@@ -102,7 +102,8 @@ export class Stage {
     const view = this.#view;
     const counts = new Map();
     for (const kind of view?.kinds ?? []) counts.set(kind, (counts.get(kind) ?? 0) + 1);
-    const entries = Object.entries(KINDS).filter(([kind]) => counts.has(kind)).map(([kind, { colour, mark, says }]) => {
+    const entries = kindsOf(view).filter((kind) => counts.has(kind)).map((kind) => {
+      const { colour, mark, says } = kindOf(kind);
       const box = el("input", { type: "checkbox", value: kind });
       box.checked = !this.hidden.has(kind);
       box.addEventListener("change", () => {
@@ -112,7 +113,8 @@ export class Stage {
       return el("label", {}, box, drawing(mark, { fill: colour, "fill-rule": "evenodd" }), el("span", { class: "kind" }, kind), el("b", {}, number(counts.get(kind))), el("small", {}, says));
     });
     const legend = find("legend");
-    const all = view ? view.grid_height * view.grid_width : 0;
+    const { height = view?.grid_height, width = view?.grid_width } = view?.valid ?? {};
+    const all = view ? height * width : 0; // padding is neither kept nor dropped
     const dropped = view && el("p", { class: "dropped" }, el("span", { class: "swatch" }), "dropped", el("b", {}, number(all - view.kept_indices.length)), el("small", {}, "dimmed"));
     legend.replaceChildren(...entries, ...(dropped ? [dropped] : []));
     legend.hidden = !view || this.layer !== "kept";
@@ -131,7 +133,7 @@ export class Stage {
     const view = this.#view;
     place.hidden = !view;
     const rows = [];
-    for (const kind of Object.keys(KINDS)) {
+    for (const kind of kindsOf(view)) {
       const found = view?.kept_indices.filter((_, at) => view.kinds[at] === kind) ?? [];
       if (found.length) rows.push(el("dt", {}, kind), el("dd", { "data-kind": kind }, found.join(" ")));
     }
@@ -183,10 +185,11 @@ export class Stage {
     const view = this.#view;
     if (!view || this.cursor === null) return [];
     const place = view.kept_indices.indexOf(this.cursor);
+    const dropped = isValid(view.valid, view.grid_width, this.cursor) ? "dropped" : "padding";
     const words = [
       ["token", number(this.cursor)],
       ["row, column", `${Math.floor(this.cursor / view.grid_width) + 1}, ${(this.cursor % view.grid_width) + 1}`],
-      ["kind", place < 0 ? "dropped" : view.kinds[place]],
+      ["kind", place < 0 ? dropped : view.kinds[place]],
     ];
     for (const [name, { title }] of Object.entries(SCORES)) {
       const scores = view.scores?.[name];
@@ -212,7 +215,7 @@ export class Stage {
     this.frame.classList.toggle("empty", !this.picture);
     this.canvas.hidden = !this.picture;
     if (!this.picture) return;
-    const kinds = new Set(Object.keys(KINDS).filter((kind) => !this.hidden.has(kind)));
+    const kinds = new Set(kindsOf(this.#view).filter((kind) => !this.hidden.has(kind)));
     const { picture, pruned, layer, cursor } = this;
     const width = this.frame.parentElement.clientWidth;
     draw(this.canvas, { picture, pruned, number: this.number, layer, kinds, cursor, width, height: height() });
