@@ -120,6 +120,18 @@ def test_a_key_on_its_way_in_the_clear_is_warned_of():
     assert "unencrypted" not in run(*asked).stderr
 
 
+@pytest.mark.parametrize("names", [("a/cat.png", "b/cat.png"), ("cat.png", "cat.jpg", "cat.png.webp")])
+def test_pictures_whose_results_would_have_one_name_are_refused_before_anything_is_written(names, tmp_path):
+    files = [tmp_path / name for name in names]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(picture("scene00.png"))
+    said = run("prune", *map(str, files), "--out", str(tmp_path / "kept"), "--json")
+    assert said.exit_code == 2
+    assert "cat.png.kept.png" in json.loads(said.stderr)["error"]["message"]
+    assert not (tmp_path / "kept").exists()
+
+
 # --- completion --------------------------------------------------------------------------------------------
 
 
@@ -310,6 +322,17 @@ def test_a_port_that_is_taken_gives_way_to_a_free_one_and_a_line_says_so(capsys)
     assert f"HIPRUNE_PRUNER_ADDRESS=127.0.0.1:{found['pruner']}" in said
     free = free_port()
     assert up.ports({"pruner": free}) == {"pruner": free}
+
+
+def test_encoder_and_pruner_never_get_a_port_of_the_llms_the_gateways_or_each_others():
+    llm, gateway, one = free_port(), free_port(), free_port()
+    found = up.ports({"pruner": llm, "encoder": gateway}, {llm, gateway})
+    assert not {llm, gateway} & set(found.values())
+    found = up.ports({"pruner": one, "encoder": one})
+    assert found["pruner"] == one != found["encoder"]
+    said = run("up", "--port", str(llm), "--http-port", str(llm))
+    assert said.exit_code == 2
+    assert "--http-port" in said.stderr
 
 
 def test_the_ports_of_encoder_and_pruner_are_no_way_around_the_llms_keys():

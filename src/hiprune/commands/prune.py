@@ -4,6 +4,7 @@ runs."""
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,8 +70,8 @@ def prune(
     options.check_pillow("--overlay")
     if report is not None:
         options.check_writable(report.parent, "--report")
+    names = _names(images)
     _make(folder)
-    twice = {each.stem for each in images if sum(each.stem == other.stem for other in images) > 1}
     connection = Connection.of(
         pruner=options.required(pruner, "--pruner"),
         key=key,
@@ -82,7 +83,7 @@ def prune(
     def keep_result(image: Path, data: bytes, pruned: Pruned) -> None:
         from hiprune.overlay import draw_overlay
 
-        name = image.name if image.stem in twice else image.stem
+        name = names[image]
         picture = overlay or folder / f"{name}.kept.png"
         draw_overlay(data, pruned.views[0].selection).save(picture)
         entry = {"image": str(image), "question": question, "overlay": str(picture), **pruned.as_json()}
@@ -122,6 +123,23 @@ async def _prune_all(
                 data = image.read_bytes()
                 done(image, data, await client.prune(data, policy=policy, question=question))
                 bar.advance(task)
+
+
+def _names(images: list[Path]) -> dict[Path, str]:
+    """What each image's files are called: as it is, with its ending where two differ in that alone.
+
+    Raises BadParameter for images whose files would be the same.
+    """
+    stems = Counter(each.stem for each in images)
+    names = [each.name if stems[each.stem] > 1 else each.stem for each in images]
+    (name, count), *_ = Counter(names).most_common(1)
+    if count > 1:
+        raise typer.BadParameter(
+            f"{count} of them would be written to {name}.kept.png: prune them one after the other, each into "
+            "an --out of its own",
+            param_hint="IMAGES",
+        )
+    return dict(zip(images, names, strict=True))
 
 
 def _counts(pruned: Pruned) -> dict[str, int]:

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +38,10 @@ def up(
     from hiprune.stack import Stack, StackError
 
     _leave_in_order()
-    also = ports({"pruner": pruner_port, "encoder": encoder_port})
+    has_gateway = bool(importlib.util.find_spec("fastapi") and importlib.util.find_spec("uvicorn"))
+    if has_gateway and port and port == http_port:
+        raise typer.BadParameter(f"{port} is --port too, expected another", param_hint="--http-port")
+    also = ports({"pruner": pruner_port, "encoder": encoder_port}, {port, http_port})
     try:
         with Stack(
             model=model,
@@ -50,7 +53,7 @@ def up(
         ) as stack:
             for service, number in also.items():
                 out.print(f"ready: [bold]127.0.0.1:{number}[/bold]   (the {service} alone)")
-            if importlib.util.find_spec("fastapi") and importlib.util.find_spec("uvicorn"):
+            if has_gateway:
                 gateway = stack.start_gateway(http_port)
                 out.print(f"ready: [bold]http://{gateway}/[/bold]   (for a browser: the playground)")
                 out.print(f"ready: [bold]http://{gateway}/v1[/bold]   (for clients of OpenAI's API)")
@@ -98,17 +101,24 @@ def tenants_for_all(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: file for name in names if file and name not in environ}
 
 
-def ports(wanted: Mapping[str, int]) -> dict[str, int]:
-    """The ports, free ones in the place of those that are taken, which a line says."""
+def ports(wanted: Mapping[str, int], given: Collection[int] = ()) -> dict[str, int]:
+    """The ports, free ones in the place of those that are taken, which a line says.
+
+    `given` are those of others that have yet to listen.
+    """
     from hiprune.stack import free_port, is_free
 
-    found = {}
+    found: dict[str, int] = {}
     for service, port in wanted.items():
-        found[service] = port if port and is_free(port) else free_port()
-        if found[service] != port:
+        others = {*given, *found.values()}
+        number = port
+        while not number or number in others or not is_free(number):
+            number = free_port()
+        found[service] = number
+        if number != port:
             why = f"port {port} is taken: " if port else ""
             err.print(
-                f"{why}the {service} is at {_VARIABLES[service]}=127.0.0.1:{found[service]}",
+                f"{why}the {service} is at {_VARIABLES[service]}=127.0.0.1:{number}",
                 style="yellow" if port else "dim",
                 highlight=False,
             )
