@@ -194,6 +194,11 @@ def _equal(one: str, other: str) -> bool:
 # --- addresses ---------------------------------------------------------------------------------------------
 
 
+def can_be_sent(key: str) -> bool:
+    """Whether a key is of characters that a header may hold."""
+    return key.isascii() and key.isprintable()
+
+
 def is_unix(address: str) -> bool:
     """Whether an address, to listen on or of a peer, is a Unix socket's."""
     return address.startswith(("unix:", "unix-abstract:"))

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from hiprune import auth
 from hiprune.config import ConfigError, ProcessSettings
 from hiprune.trust import Certificates
 
@@ -183,6 +184,17 @@ def check_settings(environ: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding("settings", OK, said)
 
 
+def check_key(key: str) -> Iterator[Finding]:
+    """The key that the commands send; nothing where there is none."""
+    if not key:
+        return
+    if auth.can_be_sent(key):
+        yield Finding("key", OK, "is set")
+    else:
+        said = "holds characters that no key has, a newline or an accent for example"
+        yield Finding("key", PROBLEM, said, "copy it again; `hiprune tenant key NAME` makes a new one")
+
+
 def check_tls(environ: Mapping[str, str]) -> Iterator[Finding]:
     """The certificates that the commands and the services are told to use."""
     for owner in ("", *(f"{service.upper()}_" for service in SERVICES)):
@@ -191,6 +203,10 @@ def check_tls(environ: Mapping[str, str]) -> Iterator[Finding]:
         if not any(files.values()):
             continue
         check = f"tls {owner.strip('_').lower() or 'client'}"
+        if bool(files["CERT"]) != bool(files["KEY"]):
+            missing = names["KEY" if files["CERT"] else "CERT"]
+            yield Finding(check, PROBLEM, f"{missing} is empty", "a certificate and its key go together")
+            continue
         try:
             Certificates(files["CERT"], files["KEY"], files["CA"])
         except ConfigError as error:

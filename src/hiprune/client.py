@@ -67,7 +67,7 @@ class Client:
         key is as safe as the way it takes: beyond one machine, that takes TLS. Raises Unauthenticated for one
         that cannot be sent, and InvalidInput.
         """
-        if not (key.isascii() and key.isprintable()):
+        if not auth.can_be_sent(key):
             raise Unauthenticated("the key holds characters that no key has")
         self._timeout_s = _checked_timeout(timeout_s)
         self._credentials = ((auth.KEY_HEADER, f"Bearer {key}"),) if key else ()

@@ -11,16 +11,20 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import grpc
 import pytest
+import typer
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from PIL import Image
 from typer.testing import CliRunner
 
 from hiprune import checks, load, reach, sheet
 from hiprune.cli import app
-from hiprune.commands import up
+from hiprune.commands import options, up
 from hiprune.policies import METHODS
 from hiprune.stack import free_port, is_free
 from hiprune.v1 import pruner_service_pb2 as pb
@@ -59,6 +63,7 @@ def run(*arguments: str, **environ: str):
         (["bench", PICTURE, "--question", "?", "--against", "magic"], ["--against", "magic"]),
         (["bench", PICTURE, "--question", "?", "--against", "hiprune"], ["--against", "itself"]),
         (["bench", PICTURE], ["--question"]),
+        (["bench", "README.md", "--question", "?", "--fresh"], ["IMAGES", "README.md", "no picture"]),
         (["nothing"], ["nothing"]),
     ],
 )
@@ -118,6 +123,29 @@ def test_a_key_on_its_way_in_the_clear_is_warned_of():
     asked = ["ask", PICTURE, "?", "--address", "192.0.2.1:1", "--timeout", "0.01"]
     assert "unencrypted" in run(*asked, HIPRUNE_KEY="secret").stderr
     assert "unencrypted" not in run(*asked).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("ask", PICTURE, "?", "--overlay"), ("compare", PICTURE, "--out"), ("prune", PICTURE, "--report")],
+)
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_is_asked(arguments, tmp_path):
+    folder = tmp_path / "kept.png"
+    folder.mkdir()
+    said = run(*arguments, str(folder), "--json")
+    assert (said.exit_code, said.stdout) == (2, "")
+    assert "is a folder" in json.loads(said.stderr)["error"]["message"]
+
+
+def test_a_file_that_cannot_be_written_in_the_end_is_an_error_in_words_or_as_json(tmp_path, capsys):
+    for as_json in (True, False):
+        with pytest.raises(typer.Exit) as ended, options.writing(tmp_path, as_json=as_json):
+            tmp_path.write_text("no file")
+        assert ended.value.exit_code == 1
+    first, second = capsys.readouterr().err.splitlines()
+    error = json.loads(first)["error"]
+    assert (error["reason"], error["message"]) == ("NOT_WRITTEN", f"{tmp_path}: Is a directory")
+    assert second.startswith("error: ")
 
 
 @pytest.mark.parametrize("names", [("a/cat.png", "b/cat.png"), ("cat.png", "cat.jpg", "cat.png.webp")])
@@ -268,6 +296,37 @@ def test_the_doctor_reads_the_certificates(tmp_path):
     assert str(bad) in found["tls encoder"][0].message
 
 
+@pytest.mark.parametrize("by", ["variable", "option"])
+def test_the_doctor_looks_at_everything_also_where_no_certificate_can_be_read(by, tmp_path):
+    missing = str(tmp_path / "missing.pem")
+    given = {"HIPRUNE_TLS_CA": missing} if by == "variable" else {}
+    flags = ("--tls-ca", missing) if by == "option" else ()
+    said = run("doctor", "--json", *flags, **given)
+    assert said.exit_code == 1
+    found = {each["check"]: each for each in json.loads(said.stdout)["findings"]}
+    assert found["tls client"]["status"] == "problem"
+    assert missing in found["tls client"]["message"]
+    assert {"python", "llm", "gateway", "redis"} <= set(found)
+
+
+@pytest.mark.parametrize("key", ["clé", "two\nlines"])
+def test_the_doctor_finds_a_key_that_no_header_can_hold(key):
+    server = grpc.server(ThreadPoolExecutor(1))
+    ready = health.HealthServicer()
+    ready.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(ready, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        found, code = findings(HIPRUNE_ADDRESS=address, HIPRUNE_KEY=key)
+    finally:
+        server.stop(None).wait()
+    assert code == 1
+    assert found["key"][0].status == "problem"
+    assert address in found["llm"][0].message
+    assert key not in str(found)
+
+
 def test_the_doctor_says_until_when_certificates_hold(tmp_path):
     certificate, key, authority = Authority("ours").write(tmp_path)
     environ = {
@@ -280,6 +339,9 @@ def test_the_doctor_says_until_when_certificates_hold(tmp_path):
     assert all("holds until" in each.message and "renew" in each.advice for each in found)
     (odd,) = checks.check_tls({**environ, "HIPRUNE_LLM_TLS_KEY": authority})
     assert odd.status == "problem"
+    (half,) = checks.check_tls({"HIPRUNE_TLS_KEY": key})
+    assert (half.check, half.status) == ("tls client", "problem")
+    assert "HIPRUNE_TLS_CERT is empty" in half.message
 
 
 @pytest.mark.parametrize(
@@ -365,12 +427,12 @@ def test_a_sheet_has_a_picture_in_every_cell_and_fits_what_is_long():
     view = pb.Selection(grid_height=3, grid_width=4, kept_indices=[0, 5], kinds=[1, 3])
     tile = sheet.Tile(view, 12, 2, "a long answer " * 40, agrees=False)
     cells = {(method, keep): tile for method in ("one", "two", "three") for keep in ("1/2", "65")}
-    options = {"title": "title " * 100, "question": "?", "whole": tile}
+    words = {"title": "title " * 100, "question": "?", "whole": tile}
     drawn = sheet.draw_sheet(
-        picture("scene00.png"), cells, methods=["one", "two", "three"], keeps=["1/2", "65"], **options
+        picture("scene00.png"), cells, methods=["one", "two", "three"], keeps=["1/2", "65"], **words
     )
     small = sheet.draw_sheet(
-        picture("scene00.png"), {("one", "65"): tile}, methods=["one"], keeps=["65"], **options
+        picture("scene00.png"), {("one", "65"): tile}, methods=["one"], keeps=["65"], **words
     )
     assert drawn.width > small.width
     assert drawn.height > small.height

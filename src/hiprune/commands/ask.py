@@ -64,7 +64,9 @@ def ask(
     if overlay is not None:
         from hiprune.overlay import draw_overlay
 
-        draw_overlay(data, kept.views[0].selection).save(overlay)
+        drawn = draw_overlay(data, kept.views[0].selection)
+        with options.writing(overlay, as_json=as_json):
+            drawn.save(overlay)
     if as_json:
         options.print_json(
             {

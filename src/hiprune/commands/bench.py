@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -74,10 +75,8 @@ def bench(
     )
     data = [each.read_bytes() for each in images]
     if fresh:
-        from hiprune.load import as_png
-
         options.check_pillow("--fresh")
-        data = [as_png(each) for each in data]
+        data = [_png_of(path, each) for path, each in zip(images, data, strict=True)]
     plan = Plan(
         question=question,
         images=data,
@@ -96,6 +95,18 @@ def bench(
         _show(result, concurrency)
     if not any(tally.total_s for tally in result.tallies.values()):
         raise typer.Exit(1)
+
+
+def _png_of(path: Path, image: bytes) -> bytes:
+    """A picture as PNG, which can be given a comment. Raises BadParameter for what is none."""
+    from PIL.Image import DecompressionBombError
+
+    from hiprune.load import as_png
+
+    try:
+        return as_png(image)
+    except (OSError, ValueError, SyntaxError, DecompressionBombError) as error:
+        raise typer.BadParameter(f"{path}: is no picture that can be read", param_hint="IMAGES") from error
 
 
 def _policies(method: str, keep: str, against: str) -> dict[str, pruner_service_pb2.PrunePolicy]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,9 @@ from hiprune.commands.options import (
 from hiprune.policies import METHODS
 from hiprune.results import Answer, Pruned
 from hiprune.v1 import pruner_service_pb2
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _WHOLE = ("", "")
 """The cell of all tokens, which is in no row."""
@@ -79,7 +82,9 @@ def compare(
     data = image.read_bytes()
     asked = {_WHOLE: options.policy_of("none", "1/1"), **policies}
     found = options.run(_all(connection, data, question, asked), as_json=as_json)
-    _draw(data, found, rows, columns, title=image.name, question=question, file=sheet)
+    drawn = _draw(data, found, rows, columns, title=image.name, question=question)
+    with options.writing(sheet, as_json=as_json):
+        drawn.save(sheet)
     if as_json:
         options.print_json(_content(found, image, question, sheet))
         return
@@ -129,8 +134,7 @@ def _draw(
     *,
     title: str,
     question: str,
-    file: Path,
-) -> None:
+) -> Image:
     from hiprune.sheet import Tile, draw_sheet
 
     def tile(cell: Cell) -> Tile:
@@ -143,7 +147,7 @@ def _draw(
             _agrees(found, cell) if cell != _WHOLE else None,
         )
 
-    draw_sheet(
+    return draw_sheet(
         image,
         {cell: tile(cell) for cell in found.pruned if cell != _WHOLE},
         methods=rows,
@@ -151,7 +155,7 @@ def _draw(
         title=title,
         question=question,
         whole=tile(_WHOLE),
-    ).save(file)
+    )
 
 
 def _content(found: Cells, image: Path, question: str, sheet: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from hiprune import checks, reach
+from hiprune import auth, checks, reach
 from hiprune.checks import Finding
 from hiprune.client import DEFAULT_ADDRESS, DEFAULT_ENCODER_ADDRESS, DEFAULT_PRUNER_ADDRESS
 from hiprune.commands import options
@@ -55,9 +55,13 @@ def doctor(
         Place("encoder", encoder or DEFAULT_ENCODER_ADDRESS, bool(encoder)),
     ]
     http = Place("gateway", gateway or _GATEWAY, bool(gateway))
-    connection = Connection.of(address=places[0].address, key=key, tls=(tls_ca, tls_cert, tls_key))
+    try:
+        connection = Connection.of(address=places[0].address, key=key, tls=(tls_ca, tls_cert, tls_key))
+    except typer.BadParameter:  # which a finding says; a key meant for TLS does not go without
+        connection = Connection(places[0].address)
+    files = {"HIPRUNE_TLS_CA": tls_ca, "HIPRUNE_TLS_CERT": tls_cert, "HIPRUNE_TLS_KEY": tls_key}
     with err.status("looking"):
-        findings = _look(places, http, connection, tls_ca, os.environ)
+        findings = _look(places, http, connection, key, {**os.environ, **files})
     count = Counter(each.status for each in findings)
     if as_json:
         options.print_json({"ok": not count["problem"], "findings": [each.content() for each in findings]})
@@ -74,20 +78,18 @@ def doctor(
 
 
 def _look(
-    places: list[Place],
-    http: Place,
-    connection: Connection,
-    authority: str,
-    environ: Mapping[str, str],
+    places: list[Place], http: Place, connection: Connection, key: str, environ: Mapping[str, str]
 ) -> list[Finding]:
-    """Everything, this machine first."""
-    services = reach.check_services(places, connection.credentials, connection.key)
+    """Everything, this machine first. `key` is the one given, the connection's the one to send."""
+    sent = connection.key if auth.can_be_sent(connection.key) else ""
+    services = reach.check_services(places, connection.credentials, sent)
     return [
         *checks.check_python(),
         *checks.check_settings(environ),
+        *checks.check_key(key),
         *checks.check_tls(environ),
         *asyncio.run(services),
-        *reach.check_gateway(http, authority),
+        *reach.check_gateway(http, environ.get("HIPRUNE_TLS_CA", "")),
         *asyncio.run(reach.check_redis(environ)),
         *checks.check_gpu(),
         *checks.check_shared_memory(environ),

@@ -12,7 +12,8 @@ import asyncio
 import importlib.util
 import json
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, TypeVar
@@ -133,13 +134,22 @@ def check_picture(path: Path, hint: str) -> None:
     """Refuses, before anything is asked, a file that no picture can be written to."""
     if path.suffix.lower() not in PICTURES:
         raise typer.BadParameter(f"{path}: expected a name ending in .png, .jpg or .webp", param_hint=hint)
-    check_writable(path.parent, hint)
+    check_file(path, hint)
     check_pillow(hint)
+
+
+def check_file(path: Path, hint: str) -> None:
+    """Refuses a file that cannot be written."""
+    if path.is_dir():
+        raise typer.BadParameter(f"{path}: is a folder, expected a file", param_hint=hint)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise typer.BadParameter(f"{path}: cannot be written to", param_hint=hint)
+    check_writable(path.parent, hint)
 
 
 def check_writable(folder: Path, hint: str) -> None:
     """Refuses a folder that nothing can be written to."""
-    if not os.access(folder, os.W_OK):
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise typer.BadParameter(f"{folder}: not a folder that can be written to", param_hint=hint)
 
 
@@ -239,6 +249,20 @@ def fail(error: HipruneError, *, as_json: bool) -> NoReturn:
         again = f"; try again in {error.retry_after_s:g} s" if error.retry_after_s is not None else ""
         err.print(f"error: {error} ({error.code.name}, {error.reason}){again}", style="red", markup=False)
     raise typer.Exit(1) from error
+
+
+@contextmanager
+def writing(path: Path, *, as_json: bool) -> Iterator[None]:
+    """Ends the command where a file cannot be written after all: a full disk, for example."""
+    try:
+        yield
+    except OSError as error:
+        message = f"{path}: {error.strerror or error}"
+        if as_json:
+            print_error(message, reason="NOT_WRITTEN")
+        else:
+            err.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
 
 
 def print_error(

@@ -69,7 +69,7 @@ def prune(
         options.check_picture(overlay, "--overlay")
     options.check_pillow("--overlay")
     if report is not None:
-        options.check_writable(report.parent, "--report")
+        options.check_file(report, "--report")
     names = _names(images)
     _make(folder)
     connection = Connection.of(
@@ -85,12 +85,15 @@ def prune(
 
         name = names[image]
         picture = overlay or folder / f"{name}.kept.png"
-        draw_overlay(data, pruned.views[0].selection).save(picture)
+        drawn = draw_overlay(data, pruned.views[0].selection)
+        with options.writing(picture, as_json=as_json):
+            drawn.save(picture)
         entry = {"image": str(image), "question": question, "overlay": str(picture), **pruned.as_json()}
         found.append(entry)
         file = report or (None if as_json else folder / f"{name}.kept.json")
         if file is not None:
-            file.write_text(json.dumps(entry, ensure_ascii=False) + "\n", "utf-8")
+            with options.writing(file, as_json=as_json):
+                file.write_text(json.dumps(entry, ensure_ascii=False) + "\n", "utf-8")
         if not as_json:
             kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(_counts(pruned).items()))
             out.print(
