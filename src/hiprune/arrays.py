@@ -57,12 +57,14 @@ class Array:
         return cls(dtype, shape, data)
 
     def numpy(self) -> npt.NDArray[Any]:
-        """As a numpy array, read-only, without a copy; bfloat16, which numpy lacks, as float32: exactly."""
+        """As a numpy array, read-only, without a copy; of bfloat16, which numpy lacks, exactly as float32."""
         import numpy as np
 
         if self.dtype == "bfloat16":
             upper = np.frombuffer(self.data, "<u2").astype("<u4")  # a float32's upper half
-            return (upper << 16).view("<f4").reshape(self.shape)
+            widened = (upper << 16).view("<f4").reshape(self.shape)
+            widened.setflags(write=False)
+            return widened
         kind = {"float16": "<f2", "float32": "<f4", "int32": "<i4"}[self.dtype]
         return np.frombuffer(self.data, kind).reshape(self.shape)
 

@@ -8,10 +8,11 @@ docstring of `hiprune`.
 from __future__ import annotations
 
 import math
+import operator
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Any, Final, NoReturn, Self
+from typing import Any, Final, Self
 
 import grpc
 
@@ -19,7 +20,7 @@ from hiprune import auth, deadlines, telemetry
 from hiprune.arrays import ArrayLike, Shape, to_wire
 from hiprune.calls import DEFAULT_TIMEOUT_S, call, connect
 from hiprune.errors import InvalidInput, Unauthenticated, from_rpc
-from hiprune.questions import media_of, question_message, video
+from hiprune.questions import made, media_of, question_message, video
 from hiprune.results import Answer, Encoded, EncodedView, Pruned, View
 from hiprune.v1 import (
     encoder_service_pb2,
@@ -36,6 +37,8 @@ __all__ = ["Answer", "Client", "question_message", "video"]
 DEFAULT_ADDRESS: Final = "127.0.0.1:50053"
 DEFAULT_PRUNER_ADDRESS: Final = "127.0.0.1:50052"
 DEFAULT_ENCODER_ADDRESS: Final = "127.0.0.1:50051"
+_LONGEST_S: Final = 10**9
+"""Thirty years; what is much longer overflows gRPC's deadline and would be over at once."""
 
 
 class Client:
@@ -47,7 +50,8 @@ class Client:
     Every method takes `timeout_s`, the seconds after which it raises Expired wherever the request is by then;
     without, the client's own. Cancelling the task that awaits a call, or leaving the loop over a stream,
     stops the work in every service. UNAVAILABLE is retried twice, on another replica where there is one, and
-    a stream only before its first event; Exhausted is not, and says in `retry_after_s` when to come back.
+    a stream only before its first event (at a unix:PATH, `prune`, `prune_tokens` and `encode` are not);
+    Exhausted is not, and says in `retry_after_s` when to come back.
     """
 
     def __init__(
@@ -60,7 +64,8 @@ class Client:
         credentials: grpc.ChannelCredentials | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        """Connects when first used. Addresses are HOST:PORT or unix:PATH; `address` is the llm's.
+        """Connects when first used, in that call's event loop. Addresses are HOST:PORT or unix:PATH;
+        `address` is the llm's.
 
         `key` is a tenant's, where the service has tenants; `credentials` turn TLS on.
         `Certificates(authority="ca.crt").channel_credentials()`, of `hiprune.trust`, makes them of files. A
@@ -71,16 +76,10 @@ class Client:
             raise Unauthenticated("the key holds characters that no key has")
         self._timeout_s = _checked_timeout(timeout_s)
         self._credentials = ((auth.KEY_HEADER, f"Bearer {key}"),) if key else ()
-        self._channels: list[grpc.aio.Channel] = []
-
-        def channel(where: str) -> grpc.aio.Channel:
-            # a Unix socket stays on the machine and never speaks TLS
-            self._channels.append(connect(where, credentials=None if auth.is_unix(where) else credentials))
-            return self._channels[-1]
-
-        self._image_qa = llm_service_pb2_grpc.ImageQaServiceStub(channel(address)) if address else None
-        self._pruner = pruner_service_pb2_grpc.PrunerServiceStub(channel(pruner)) if pruner else None
-        self._encoder = encoder_service_pb2_grpc.EncoderServiceStub(channel(encoder)) if encoder else None
+        self._tls = credentials
+        self._addresses = {"address": address, "pruner": pruner, "encoder": encoder}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._is_closed = False
 
     async def __aenter__(self) -> Self:
         return self
@@ -92,7 +91,8 @@ class Client:
 
     async def close(self) -> None:
         """Closes the channels; running calls are cancelled."""
-        for channel in self._channels:
+        self._is_closed = True
+        for channel in self._channels.values():
             await channel.close()
 
     # --- answers -------------------------------------------------------------------------------------------
@@ -149,10 +149,14 @@ class Client:
         if isinstance(question, llm_service_pb2.AskImageRequest):
             request = question
         else:
-            request = llm_service_pb2.AskImageRequest(
-                messages=[question_message(question, media)], policy=policy, sampling=sampling, model=model
+            request = made(
+                llm_service_pb2.AskImageRequest,
+                messages=[question_message(question, media)],
+                policy=policy,
+                sampling=sampling,
+                model=model,
             )
-        stub = self._image_qa or _without("ask", "address", DEFAULT_ADDRESS)
+        stub = llm_service_pb2_grpc.ImageQaServiceStub(self._channel("address", "ask", DEFAULT_ADDRESS))
         seconds = deadlines.for_next_hop(self._seconds(timeout_s))
         try:
             with telemetry.Call(request) as trace_context:
@@ -180,9 +184,10 @@ class Client:
 
         `question` is what hiprune++ compares the tokens with. Raises HipruneError.
         """
-        stub = self._pruner or _without("prune", "pruner", DEFAULT_PRUNER_ADDRESS)
-        request = pruner_service_pb2.PruneImageRequest(
-            media=media_of(media), policy=policy, question=question
+        channel = self._channel("pruner", "prune", DEFAULT_PRUNER_ADDRESS)
+        stub = pruner_service_pb2_grpc.PrunerServiceStub(channel)
+        request = made(
+            pruner_service_pb2.PruneImageRequest, media=media_of(media), policy=policy, question=question
         )
         kind = pruner_service_pb2.PruneImageResponse
         return Pruned.of_image(await self._call(stub.PruneImage, request, kind, "pruner", timeout_s))
@@ -209,7 +214,8 @@ class Client:
 
         Raises InvalidInput, before anything is sent, for an array that does not fit, and HipruneError.
         """
-        stub = self._pruner or _without("prune_tokens", "pruner", DEFAULT_PRUNER_ADDRESS)
+        channel = self._channel("pruner", "prune_tokens", DEFAULT_PRUNER_ADDRESS)
+        stub = pruner_service_pb2_grpc.PrunerServiceStub(channel)
         if isinstance(views, Encoded):
             vision_digest = vision_digest or views.vision_digest
             views = views.views
@@ -218,14 +224,14 @@ class Client:
         named = [name for name, value in guides.items() if value is not None]
         if len(named) > 1:
             raise InvalidInput(f"given beside {named[0]}, expected one of them at most", field=named[1])
-        request = pruner_service_pb2.PruneTokensRequest(
+        request = made(
+            pruner_service_pb2.PruneTokensRequest,
             views=[_view_to_wire(view, f"views[{i}]") for i, view in enumerate(given)],
             policy=policy,
             vision_digest=vision_digest,
             deep_layer=deep_layer,
+            question=question or None,
         )
-        if question:
-            request.question = question
         if text_vector is not None:
             rank = len(getattr(text_vector, "shape", ()))
             shape: Shape = (1, None) if rank == 2 else (None,)
@@ -256,12 +262,30 @@ class Client:
         `layers`, from 1 on, are those whose attention scores are wanted; `aligned` asks for each token in the
         paired text encoder's space, too. Raises HipruneError.
         """
-        stub = self._encoder or _without("encode", "encoder", DEFAULT_ENCODER_ADDRESS)
-        request = encoder_service_pb2.EncodeImageRequest(
-            media=media_of(media), layers=layers, aligned=aligned
+        channel = self._channel("encoder", "encode", DEFAULT_ENCODER_ADDRESS)
+        stub = encoder_service_pb2_grpc.EncoderServiceStub(channel)
+        request = made(
+            encoder_service_pb2.EncodeImageRequest, media=media_of(media), layers=layers, aligned=aligned
         )
         kind = encoder_service_pb2.EncodeImageResponse
         return Encoded.read(await self._call(stub.EncodeImage, request, kind, "encoder", timeout_s))
+
+    def _channel(self, name: str, method: str, example: str) -> grpc.aio.Channel:
+        """To one of the addresses. Made when first asked for: it belongs to the event loop that runs then."""
+        where = self._addresses[name]
+        if self._is_closed:
+            raise InvalidInput(f"is closed, and `{method}` needs an open one: make another", field="client")
+        if not where:
+            raise InvalidInput(
+                f"is not set, and `{method}` needs it: Client({name}={example!r})",
+                field=name,
+                reason="MISSING_FIELD",
+            )
+        if name not in self._channels:
+            # a Unix socket stays on the machine and never speaks TLS
+            credentials = None if auth.is_unix(where) else self._tls
+            self._channels[name] = connect(where, credentials=credentials)
+        return self._channels[name]
 
     async def _call(self, method: Any, request: Any, kind: Any, peer: str, timeout_s: float | None) -> Any:
         seconds = self._seconds(timeout_s)
@@ -273,42 +297,53 @@ class Client:
 
 def _view_to_wire(view: View | EncodedView, name: str) -> encoder_service_pb2.View:
     """A caller's view, once its arrays fit its grid. Raises InvalidInput naming the array."""
-    height, width = view.grid
+    try:
+        height, width = map(operator.index, view.grid)
+    except (TypeError, ValueError) as error:
+        message = f"got {view.grid!r}, expected rows and columns, two whole numbers"
+        raise InvalidInput(message, field=f"{name}.grid") from error
     if height < 1 or width < 1:
         raise InvalidInput(f"got {view.grid}, expected at least (1, 1)", field=f"{name}.grid")
     count = height * width
-    made = encoder_service_pb2.View(grid_height=height, grid_width=width, frame=view.frame)
+    sent = made(
+        encoder_service_pb2.View, at=f"{name}.", grid_height=height, grid_width=width, frame=view.frame
+    )
     for part in ("features", "aligned", "prefix_features"):
         value = getattr(view, part)
         if value is not None:
             rows = None if part == "prefix_features" else count
-            getattr(made, part).CopyFrom(to_wire(value, name=f"{name}.{part}", shape=(rows, None)))
+            getattr(sent, part).CopyFrom(to_wire(value, name=f"{name}.{part}", shape=(rows, None)))
     for layer, scores in view.attention.items():
         field = f"{name}.attention[{layer}]"
         wire = to_wire(scores, name=field, shape=(count,), as_float32=True)
-        made.attention.append(encoder_service_pb2.LayerAttention(layer=layer, scores=wire))
+        entry = made(encoder_service_pb2.LayerAttention, at=f"{name}.attention: ", layer=layer, scores=wire)
+        sent.attention.append(entry)
         if layer in view.cls_attention:
             field = f"{name}.cls_attention[{layer}]"
             row = to_wire(view.cls_attention[layer], name=field, shape=(count,), as_float32=True)
-            made.attention[-1].cls_scores.CopyFrom(row)
+            sent.attention[-1].cls_scores.CopyFrom(row)
     if apart := sorted(set(view.cls_attention) - set(view.attention)):
         raise InvalidInput(
             f"got layers {apart}, expected layers of attention: {sorted(view.attention)}",
             field=f"{name}.cls_attention",
         )
     if view.valid is not None:
-        top, left, rows, columns = view.valid
-        made.valid.CopyFrom(encoder_service_pb2.ValidRegion(top=top, left=left, height=rows, width=columns))
-    return made
+        try:
+            top, left, rows, columns = view.valid
+        except (TypeError, ValueError) as error:
+            message = f"got {view.valid!r}, expected first row, first column, rows and columns"
+            raise InvalidInput(message, field=f"{name}.valid") from error
+        region = encoder_service_pb2.ValidRegion
+        valid = made(region, at=f"{name}.valid.", top=top, left=left, height=rows, width=columns)
+        sent.valid.CopyFrom(valid)
+    return sent
 
 
 def _checked_timeout(timeout_s: float) -> float:
-    if not (timeout_s > 0 and math.isfinite(timeout_s)):
-        raise InvalidInput(f"got {timeout_s!r}, expected seconds above 0", field="timeout_s")
+    try:
+        fits = 0 < timeout_s <= _LONGEST_S
+    except TypeError:
+        fits = False
+    if not fits:
+        raise InvalidInput(f"got {timeout_s!r}, expected seconds in (0, {_LONGEST_S}]", field="timeout_s")
     return timeout_s
-
-
-def _without(method: str, name: str, example: str) -> NoReturn:
-    raise InvalidInput(
-        f"is not set, and `{method}` needs it: Client({name}={example!r})", field=name, reason="MISSING_FIELD"
-    )

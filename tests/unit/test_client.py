@@ -160,6 +160,7 @@ def test_a_torch_tensor_crosses_bit_for_bit_as_the_services_read_it(dtype):
     assert torch.equal(back.torch(), sent)
     assert back.torch().dtype == dtype
     assert np.array_equal(back.numpy(), sent.float().numpy().astype(back.numpy().dtype))
+    assert not back.numpy().flags.writeable
     back.torch().zero_()
     assert torch.equal(back.torch(), sent)  # memory of its own
 
@@ -221,6 +222,17 @@ def view(**changed) -> hiprune.View:
         (view(), {"similarity": [np.ones(5, "f4")]}, "similarity[0]", ("(5)", "(6)")),
         (view(), {"question": "?", "text_vector": np.ones(3, "f4")}, "text_vector", ("question",)),
         (view(), {"timeout_s": 0}, "timeout_s", ("0",)),
+        (view(), {"timeout_s": 1e10}, "timeout_s", ("10000000000.0",)),
+        (view(), {"timeout_s": "soon"}, "timeout_s", ("soon",)),
+        (view(grid=(2.0, 3)), {}, "views[0].grid", ("(2.0, 3)", "whole numbers")),
+        (view(grid=(2, 3, 1)), {}, "views[0].grid", ("(2, 3, 1)",)),
+        (view(frame=2**40), {}, "views[0].frame", (str(2**40),)),
+        (view(valid=(0, 0, 2)), {}, "views[0].valid", ("(0, 0, 2)",)),
+        (view(valid=(0, 0, 2, 0.5)), {}, "views[0].valid.width", ("0.5",)),
+        (view(attention={2**40: np.ones(6, "f4")}), {}, "views[0].attention: layer", (str(2**40),)),
+        (view(), {"policy": "hiprune"}, "policy", ("'hiprune'",)),
+        (view(), {"question": "\udcff"}, "question", ("udcff",)),
+        (view(), {"deep_layer": "last"}, "deep_layer", ("'last'",)),
     ],
 )
 async def test_arrays_that_do_not_fit_are_refused_before_anything_is_sent(views, more, field, words):
@@ -236,6 +248,59 @@ async def test_a_method_whose_service_has_no_address_says_which_argument_is_miss
     async with hiprune.Client() as client:
         with pytest.raises(errors.InvalidInput, match=f"`{method}` needs it: Client"):
             await getattr(client, method)(b"")
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "more", "field"),
+    [
+        ("ask", "\udcff", {}, "question"),
+        ("ask", "?", {"policy": "hiprune"}, "policy"),
+        ("ask", "?", {"model": 1}, "model"),
+        ("prune", b"x", {"question": "\udcff"}, "question"),
+        ("prune", b"x", {"policy": "hiprune"}, "policy"),
+        ("encode", b"x", {"layers": [2**40]}, "layers"),
+        ("encode", b"x", {"layers": ["a"]}, "layers"),
+    ],
+)
+async def test_what_the_wire_cannot_hold_is_refused_with_its_arguments_name(method, given, more, field):
+    async with hiprune.Client("127.0.0.1:1", pruner="127.0.0.1:1", encoder="127.0.0.1:1") as client:
+        with pytest.raises(errors.InvalidInput) as refused:
+            await getattr(client, method)(given, **more)
+    assert refused.value.field == field
+
+
+def test_a_video_and_a_stop_that_the_wire_cannot_hold_are_refused():
+    with pytest.raises(errors.InvalidInput, match="frames: got"):
+        hiprune.video(["picture.png"])
+    with pytest.raises(errors.InvalidInput, match="stop: got"):
+        hiprune.sampling(stop=[1])
+
+
+async def test_a_closed_client_says_so():
+    client = hiprune.Client("127.0.0.1:1")
+    with pytest.raises(errors.Unavailable):
+        await client.ask("?")
+    await client.close()
+    with pytest.raises(errors.InvalidInput, match="is closed"):
+        await client.ask("?")
+
+
+async def test_the_longest_timeout_is_not_over_at_once():
+    async with hiprune.Client("127.0.0.1:1", timeout_s=10**9) as client:
+        with pytest.raises(errors.Unavailable):
+            await client.ask("?")
+
+
+def test_a_client_may_be_made_before_there_is_an_event_loop():
+    client = hiprune.Client("127.0.0.1:1", pruner="127.0.0.1:1")
+
+    async def use() -> None:
+        async with client:
+            for asked in (client.ask("?"), client.prune(b"x")):
+                with pytest.raises(errors.Unavailable):
+                    await asked
+
+    asyncio.run(use())
 
 
 async def test_a_path_is_no_image():
