@@ -214,10 +214,12 @@ class ServiceSettings(ProcessSettings):
     @model_validator(mode="after")
     def _strangers_only_by_consent(self) -> Self:
         tells_peers = self.tls_client_auth or self.peers_only
-        public = [address for address in self.addresses.values() if not is_private(address)]
+        public = [
+            f"{name} is {address!r}" for name, address in self.addresses.items() if not is_private(address)
+        ]
         if public and not (self.allow_anonymous or self.tenants or tells_peers):
             raise ValueError(
-                f"listen is {public[0]!r}, reachable from other machines, and no tenants are configured: "
+                f"{public[0]}, reachable from other machines, and no tenants are configured: "
                 "use a loopback address or a Unix socket, or set tenants or allow_anonymous"
             )
         return self

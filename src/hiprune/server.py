@@ -215,6 +215,7 @@ def _bind(
     `name` is the setting with the address. Raises ConfigError.
     """
     at = settings.addresses[name]
+    flag = f"{name} (--{name.replace('_', '-')})"
     try:
         _refuse_taken_socket(at)
         if certificates is None or not settings.tls_cert or auth.is_unix(at):
@@ -223,12 +224,11 @@ def _bind(
             credentials = certificates.server_credentials(require_clients=settings.tls_client_auth)
             server.add_secure_port(at, credentials)
     except RuntimeError as error:
-        flag = f"{name} (--{name.replace('_', '-')})"
         raise ConfigError(f"{flag}: got {at!r}, which cannot be bound") from error
-    _say_who_may_call(settings, at)
+    _say_who_may_call(settings, at, flag)
 
 
-def _say_who_may_call(settings: ServiceSettings, at: str) -> None:
+def _say_who_may_call(settings: ServiceSettings, at: str, flag: str) -> None:
     """A line in the log, and a warning for what may surprise. Raises ConfigError for what cannot be meant."""
     if settings.allow_anonymous:
         log.warning("allow_anonymous: anybody who reaches %s may use this service", at)
@@ -245,7 +245,7 @@ def _say_who_may_call(settings: ServiceSettings, at: str) -> None:
     if auth.is_unix(at) and (mode := os.stat(at.removeprefix("unix:")).st_mode) & stat.S_IWOTH:
         if settings.tenants:
             raise ConfigError(
-                f"listen (--listen): got {at!r}, which everybody on this machine may open (mode "
+                f"{flag}: got {at!r}, which everybody on this machine may open (mode "
                 f"{stat.S_IMODE(mode):04o}) and so could speak for any tenant: start with a umask of 0002 or "
                 "stricter"
             )

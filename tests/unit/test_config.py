@@ -151,6 +151,8 @@ def test_strangers_are_served_only_by_consent(kind):
         with pytest.raises(ConfigError, match=r"listen is .*reachable from other machines.*allow_anonymous"):
             kind.read([f"--listen={listen}"], {})
         assert kind.read([f"--listen={listen}", "--allow-anonymous"], {}).listen == listen
+    with pytest.raises(ConfigError, match=r"listen_also is '0\.0\.0\.0:1', reachable"):
+        kind.read(["--listen=127.0.0.1:0", "--listen-also=0.0.0.0:1"], {})
     for listen in ("127.0.0.1:0", "[::1]:50051", "localhost:50051", "unix:/run/hiprune.sock"):
         assert kind.read([f"--listen={listen}"], {}).listen == listen
 

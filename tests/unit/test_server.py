@@ -597,6 +597,12 @@ async def test_with_tenants_a_socket_that_everybody_may_open_is_refused(process,
     assert await server.end() == 2
     (line,) = [line for line in server.popen.stderr.read().splitlines() if line.startswith("hiprune")]
     assert f"got '{server.address}', which everybody on this machine may open (mode 0777)" in line
+    also = f"unix:{tmp_path}/also.sock"
+    flags = (f"--tenants={tmp_path}/tenants.toml", "--listen=127.0.0.1:0", f"--listen-also={also}")
+    server = process(*flags, umask=0)
+    assert await server.end() == 2
+    said = server.popen.stderr.read()
+    assert f"listen_also (--listen-also): got '{also}', which everybody on this machine may open" in said
 
 
 async def test_keys_in_plain_text_beyond_this_machine_are_warned_of(process):
