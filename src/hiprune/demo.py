@@ -63,7 +63,10 @@ def run_demo(console: Console, folder: Path, *, quiet: bool = False) -> dict[str
         asked = asyncio.run(_ask_all(stack.address))
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "overlay.png"
-    draw_overlay(asked[-1].image, asked[-1].answer.media[0].views[0].selection).save(picture)
+    (kept,) = asked[-1].answer.media
+    draw_overlay(asked[-1].image, kept.views[0].selection, tiled=kept.is_tiled, views=len(kept.views)).save(
+        picture
+    )
     if not quiet:
         _show(console, asked)
         console.print(f"kept patches drawn in [bold]{picture}[/bold]")

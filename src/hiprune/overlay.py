@@ -23,20 +23,34 @@ _SIDE: Final = 672
 _LEGEND: Final = 40
 
 
-def draw_overlay(image: bytes, view: pruner_service_pb2.Selection) -> Image.Image:
+def draw_overlay(
+    image: bytes, view: pruner_service_pb2.Selection, *, tiled: bool = False, views: int = 1
+) -> Image.Image:
     """An RGB picture, the longer side about 672 pixels, of one view's kept patches over its image.
 
-    The image is shown as the encoder sees a square one: scaled so that the grid covers it. Below it each
-    kind's colour, name and count.
+    The image is shown as the encoder sees it: scaled so that the grid covers it or, as the first view of a
+    `tiled` one, squeezed into the grid. Below it each kind's colour, name and count and, where it is the
+    first of several `views`, that it is.
     """
-    return _with_legend(draw_patches(image, view, _SIDE), view)
+    return _with_legend(draw_patches(image, view, _SIDE, tiled=tiled), view, describe(views, tiled=tiled))
 
 
-def draw_patches(image: bytes, view: pruner_service_pb2.Selection, side: int) -> Image.Image:
-    """The same without the line below: the longer side at most `side` pixels, a whole number to a patch."""
+def describe(views: int, *, tiled: bool) -> str:
+    """Which view is drawn, where there are several: the first."""
+    if views < 2:
+        return ""
+    return f"view 1 of {views}" + (": the whole image, its tiles are not drawn" if tiled else "")
+
+
+def draw_patches(
+    image: bytes, view: pruner_service_pb2.Selection, side: int, *, tiled: bool = False
+) -> Image.Image:
+    """The same without the lines below: the longer side at most `side` pixels, a whole number to a patch."""
     rows, columns = view.grid_height, view.grid_width
-    # the fixed-grid encoders take the centre crop whose shape is the grid's
-    picture = _centre_crop(open_upright(image), columns / rows)
+    picture = open_upright(image)
+    if not tiled:
+        # the fixed-grid encoders take the centre crop whose shape is the grid's
+        picture = _centre_crop(picture, columns / rows)
     cell = max(1, side // max(rows, columns))
     size = (columns * cell, rows * cell)
     bright = picture.resize(size, Image.Resampling.LANCZOS)
@@ -71,9 +85,9 @@ def _centre_crop(picture: Image.Image, aspect: float) -> Image.Image:
     return picture.crop((0, top, width, top + cut))
 
 
-def _with_legend(canvas: Image.Image, view: pruner_service_pb2.Selection) -> Image.Image:
-    """The canvas with a line below it: each kind's colour, name and count."""
-    page = Image.new("RGB", (canvas.width, canvas.height + _LEGEND), "white")
+def _with_legend(canvas: Image.Image, view: pruner_service_pb2.Selection, note: str) -> Image.Image:
+    """The canvas with a line below it: each kind's colour, name and count; the note, if any, below that."""
+    page = Image.new("RGB", (canvas.width, canvas.height + (2 if note else 1) * _LEGEND), "white")
     page.paste(canvas, (0, 0))
     pen = ImageDraw.Draw(page)
     middle = canvas.height + _LEGEND // 2
@@ -88,4 +102,5 @@ def _with_legend(canvas: Image.Image, view: pruner_service_pb2.Selection) -> Ima
         left += 21 + round(pen.textlength(text, font_size=15)) + 22
     total = f"{len(view.kept_indices)} of {view.grid_height * view.grid_width} tokens"
     pen.text((canvas.width - 10, middle), total, fill="black", font_size=15, anchor="rm")
+    pen.text((10, middle + _LEGEND), note, fill="black", font_size=15, anchor="lm")
     return page

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from hiprune.arrays import Array, ArrayLike
 from hiprune.policies import CACHE_WORDS, KIND_WORDS, METHOD_WORDS
@@ -16,6 +16,8 @@ from hiprune.v1 import encoder_service_pb2, llm_service_pb2, pruner_service_pb2,
 
 Region = tuple[int, int, int, int]
 """A rectangle of a grid: first row, first column, rows, columns."""
+_VALID: Final = ("top", "left", "height", "width")
+_TILED: Final = ("original_height", "original_width", "tile_rows", "tile_columns")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,13 +149,22 @@ class Pruned:
     """With every default filled in."""
     message: pruner_service_pb2.PrunedMedia | None = field(default=None, repr=False)
     """Of `Client.prune`: what `GenerateText` takes."""
+    layout: encoder_service_pb2.MediaLayout = field(
+        default_factory=encoder_service_pb2.MediaLayout, repr=False
+    )
+    """How the views make up the image or video; empty for tokens that the caller brought."""
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the first view is the whole image, squeezed into its grid, and the others are tiles."""
+        return self.layout.tile_rows > 0
 
     @classmethod
     def of_image(cls, message: pruner_service_pb2.PruneImageResponse) -> Pruned:
         """Of an answer of PruneImage. Raises Internal for one that does not hold what it says."""
         media = message.media
         views = tuple(_pruned_view(view) for view in media.views)
-        return cls._of(views, media.summary, message.cache, message.timings, media)
+        return cls._of(views, media.summary, message.cache, message.timings, media.layout, media)
 
     @classmethod
     def of_tokens(cls, message: pruner_service_pb2.PruneTokensResponse) -> Pruned:
@@ -167,7 +178,7 @@ class Pruned:
         views = tuple(
             _pruned_view(pruner_service_pb2.PrunedView(selection=view), "llm") for view in message.views
         )
-        return cls._of(views, message.summary, message.cache, message.timings)
+        return cls._of(views, message.summary, message.cache, message.timings, message.layout)
 
     @classmethod
     def _of(
@@ -176,6 +187,7 @@ class Pruned:
         summary: pruner_service_pb2.PruneSummary,
         cache: pruner_service_pb2.CacheStatus.ValueType,
         timings: Iterable[encoder_service_pb2.StageTiming],
+        layout: encoder_service_pb2.MediaLayout | None = None,
         message: pruner_service_pb2.PrunedMedia | None = None,
     ) -> Pruned:
         return cls(
@@ -191,6 +203,7 @@ class Pruned:
             timings_ms=milliseconds(timings),
             policy=summary.policy,
             message=message,
+            layout=layout or encoder_service_pb2.MediaLayout(),
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -202,12 +215,15 @@ class Pruned:
             "tokens_kept": self.tokens_kept,
             "cache": self.cache,
             **({"text_note": self.text_note} if self.text_note else {}),
+            **({"layout": {name: getattr(self.layout, name) for name in _TILED}} if self.is_tiled else {}),
             "views": [
                 {
                     "grid_height": view.grid[0],
                     "grid_width": view.grid[1],
                     "kept_indices": list(view.kept_indices),
                     "kinds": list(view.kinds),
+                    **({"frame": view.frame} if view.frame else {}),
+                    **({"valid": dict(zip(_VALID, view.valid, strict=True))} if view.valid else {}),
                 }
                 for view in self.views
             ],

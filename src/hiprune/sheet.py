@@ -53,6 +53,8 @@ class Tile:
     """None: nothing was asked."""
     agrees: bool | None = None
     """Whether it is the answer that all tokens give; None: not known."""
+    tiled: bool = False
+    """Whether the view is the whole of an image in tiles, squeezed into the grid."""
 
 
 def draw_sheet(
@@ -70,7 +72,7 @@ def draw_sheet(
     `whole` is what all tokens gave.
     """
     sample = next(iter(tiles.values()))
-    width, height = draw_patches(image, sample.view, _TILE).size
+    width, height = draw_patches(image, sample.view, _TILE, tiled=sample.tiled).size
     answers = sample.answer is not None
     step_x, step_y = width + _GAP, height + (1 + answers) * _CAPTION + _GAP
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -106,7 +108,7 @@ def draw_sheet(
             tile = tiles.get((method, keep))
             if tile is not None:
                 x = left + column * step_x
-                page.paste(draw_patches(image, tile.view, _TILE), (x, y))
+                page.paste(draw_patches(image, tile.view, _TILE, tiled=tile.tiled), (x, y))
                 _caption(pen, tile, (x, y + height), width)
     return page
 

@@ -64,7 +64,7 @@ def ask(
     if overlay is not None:
         from hiprune.overlay import draw_overlay
 
-        drawn = draw_overlay(data, kept.views[0].selection)
+        drawn = draw_overlay(data, kept.views[0].selection, tiled=kept.is_tiled, views=len(kept.views))
         with options.writing(overlay, as_json=as_json):
             drawn.save(overlay)
     if as_json:

@@ -135,6 +135,7 @@ def _draw(
     title: str,
     question: str,
 ) -> Image:
+    from hiprune.overlay import describe
     from hiprune.sheet import Tile, draw_sheet
 
     def tile(cell: Cell) -> Tile:
@@ -145,14 +146,18 @@ def _draw(
             pruned.tokens_kept,
             found.answers[cell].text if question else None,
             _agrees(found, cell) if cell != _WHOLE else None,
+            pruned.is_tiled,
         )
+
+    whole = found.pruned[_WHOLE]
+    note = describe(len(whole.views), tiled=whole.is_tiled)
 
     return draw_sheet(
         image,
         {cell: tile(cell) for cell in found.pruned if cell != _WHOLE},
         methods=rows,
         keeps=columns,
-        title=title,
+        title=f"{title}, {note}" if note else title,
         question=question,
         whole=tile(_WHOLE),
     )

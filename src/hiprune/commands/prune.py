@@ -85,7 +85,7 @@ def prune(
 
         name = names[image]
         picture = overlay or folder / f"{name}.kept.png"
-        drawn = draw_overlay(data, pruned.views[0].selection)
+        drawn = draw_overlay(data, pruned.views[0].selection, tiled=pruned.is_tiled, views=len(pruned.views))
         with options.writing(picture, as_json=as_json):
             drawn.save(picture)
         entry = {"image": str(image), "question": question, "overlay": str(picture), **pruned.as_json()}
