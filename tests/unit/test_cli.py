@@ -110,6 +110,8 @@ def test_the_other_commands_fail_as_json_too(tmp_path):
         (("tenant", "add", "acme", "--file", file), "TENANTS_FILE"),
         (("tenant", "key", "nobody", "--file", file), "TENANTS_FILE"),
         (("cache", "stats", "--redis-url", "redis://:secret@127.0.0.1:1"), "REDIS_UNREACHABLE"),
+        (("evaluate", "--model", file), "MODEL"),
+        (("suggest-layer", PICTURE, PICTURE, "--model", file), "MODEL"),
         (("export-lm", file, str(tmp_path / "lm")), "EXPORT_FAILED"),
     ):
         said = run(*arguments, "--json")
@@ -123,6 +125,8 @@ def test_a_key_on_its_way_in_the_clear_is_warned_of():
     asked = ["ask", PICTURE, "?", "--address", "192.0.2.1:1", "--timeout", "0.01"]
     assert "unencrypted" in run(*asked, HIPRUNE_KEY="secret").stderr
     assert "unencrypted" not in run(*asked).stderr
+    said = run(*asked, "--json", HIPRUNE_KEY="secret")
+    assert set(json.loads(said.stderr)) == {"error"}
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def ask(
         key=key,
         tls=(tls_ca, tls_cert, tls_key),
         timeout_s=timeout,
+        as_json=as_json,
     )
     sampling = llm_service_pb2.Sampling(max_tokens=max_tokens, temperature=temperature)
     data = image.read_bytes()

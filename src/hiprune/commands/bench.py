@@ -72,6 +72,7 @@ def bench(
         key=key,
         tls=(tls_ca, tls_cert, tls_key),
         timeout_s=timeout,
+        as_json=as_json,
     )
     data = [each.read_bytes() for each in images]
     if fresh:

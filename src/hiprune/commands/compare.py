@@ -77,7 +77,12 @@ def compare(
     else:
         options.required(pruner, "--pruner")
     connection = Connection.of(
-        address=address, pruner=pruner, key=key, tls=(tls_ca, tls_cert, tls_key), timeout_s=timeout
+        address=address,
+        pruner=pruner,
+        key=key,
+        tls=(tls_ca, tls_cert, tls_key),
+        timeout_s=timeout,
+        as_json=as_json,
     )
     data = image.read_bytes()
     asked = {_WHOLE: options.policy_of("none", "1/1"), **policies}

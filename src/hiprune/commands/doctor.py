@@ -56,7 +56,9 @@ def doctor(
     ]
     http = Place("gateway", gateway or _GATEWAY, bool(gateway))
     try:
-        connection = Connection.of(address=places[0].address, key=key, tls=(tls_ca, tls_cert, tls_key))
+        connection = Connection.of(
+            address=places[0].address, key=key, tls=(tls_ca, tls_cert, tls_key), as_json=as_json
+        )
     except typer.BadParameter:  # which a finding says; a key meant for TLS does not go without
         connection = Connection(places[0].address)
     files = {"HIPRUNE_TLS_CA": tls_ca, "HIPRUNE_TLS_CERT": tls_cert, "HIPRUNE_TLS_KEY": tls_key}

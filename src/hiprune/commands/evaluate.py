@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import json
 import signal
 import sys
 from pathlib import Path
@@ -15,18 +14,16 @@ from typing import Annotated, Any, Final
 
 import grpc
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hiprune.checkpoints import CheckpointError, open_checkpoint
+from hiprune.commands import options
 from hiprune.config import EMBEDDED_MODEL, ConfigError
+from hiprune.errors import from_rpc
 from hiprune.stack import StackError
 
 _MODULE: Final = "benchmarks.evaluation"
 _FAMILY: Final = "llava"
 _ELSEWHERE: Final = Path("out") / "evaluation"
-
-err = Console(stderr=True)
 
 
 def evaluate(
@@ -61,18 +58,20 @@ def evaluate(
             seed=seed,
             workers=workers,
         )
-    except (CheckpointError, ConfigError, StackError) as error:
-        raise _failed(str(error)) from error
+    except (CheckpointError, ConfigError) as error:
+        raise options.stop(str(error), reason="MODEL", as_json=as_json) from error
+    except StackError as error:
+        raise options.stop(str(error), reason="NOT_STARTED", as_json=as_json) from error
     except grpc.aio.AioRpcError as error:
-        raise _failed(f"{error.code().name}: {error.details()}") from error
+        options.fail(from_rpc(error, peer="service"), as_json=as_json)
     if as_json:
-        print(json.dumps(results))
+        options.print_json(results)
     else:
         included = open_checkpoint(model).path == EMBEDDED_MODEL
         evaluation.publish(results, out or (None if included else _ELSEWHERE))
 
 
-def _measure(evaluation: Any, model: str, *, scenes: int, **options: int) -> dict[str, Any]:
+def _measure(evaluation: Any, model: str, *, scenes: int, **limits: int) -> dict[str, Any]:
     """The results, with progress on standard error. Raises CheckpointError, ConfigError."""
     checkpoint = open_checkpoint(model)
     if checkpoint.facts.family != _FAMILY:
@@ -80,15 +79,9 @@ def _measure(evaluation: Any, model: str, *, scenes: int, **options: int) -> dic
             f"model (--model): {checkpoint.name} is of the family {checkpoint.facts.family!r}, "
             f"expected {_FAMILY!r}, trained on scenes: no other model knows their words"
         )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err) as bar:
+    with options.progress() as bar:
         task = bar.add_task("scenes", total=scenes)
         found: dict[str, Any] = evaluation.measure(
-            str(checkpoint.path), scenes=scenes, step=lambda: bar.advance(task), **options
+            str(checkpoint.path), scenes=scenes, step=lambda: bar.advance(task), **limits
         )
     return found
-
-
-def _failed(message: str) -> typer.Exit:
-    err.print(f"error: {message}", style="red", markup=False)
-    return typer.Exit(1)

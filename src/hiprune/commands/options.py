@@ -183,11 +183,15 @@ class Connection:
         pruner: str = "",
         encoder: str = "",
         timeout_s: float = 60.0,
+        as_json: bool = False,
     ) -> Connection:
-        """Of the options; `tls` is authority, certificate and key. Raises BadParameter."""
+        """Of the options; `tls` is authority, certificate and key. Raises BadParameter.
+
+        Warns of a key in the clear, but not with `as_json`: then standard error holds an object or nothing.
+        """
         credentials = _credentials(*tls)
         for each in (address, pruner, encoder):
-            if key and each and credentials is None and not is_private(each):
+            if key and each and credentials is None and not is_private(each) and not as_json:
                 err.print(f"warning: {_IN_THE_CLEAR}", style="yellow")
                 break
         return cls(address, pruner, encoder, key, credentials, timeout_s)
@@ -257,12 +261,16 @@ def writing(path: Path, *, as_json: bool) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = f"{path}: {error.strerror or error}"
-        if as_json:
-            print_error(message, reason="NOT_WRITTEN")
-        else:
-            err.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+        raise stop(f"{path}: {error.strerror or error}", reason="NOT_WRITTEN", as_json=as_json) from error
+
+
+def stop(message: str, *, reason: str, as_json: bool) -> typer.Exit:
+    """What ends the command with 1, once it has been said why: in one line, or in one object."""
+    if as_json:
+        print_error(message, reason=reason)
+    else:
+        err.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    return typer.Exit(1)
 
 
 def print_error(

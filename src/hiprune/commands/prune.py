@@ -77,6 +77,7 @@ def prune(
         key=key,
         tls=(tls_ca, tls_cert, tls_key),
         timeout_s=timeout,
+        as_json=as_json,
     )
     found: list[dict[str, Any]] = []
 

@@ -7,7 +7,6 @@ Starts an encoder on the model, asks it for every layer's scores of some picture
 from __future__ import annotations
 
 import asyncio
-import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -18,11 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import grpc
 import typer
 from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hiprune.checkpoints import Checkpoint, CheckpointError, open_checkpoint
+from hiprune.commands import options
+from hiprune.commands.options import AsJson, err, out
+from hiprune.errors import HipruneError, from_rpc
 from hiprune.stack import Stack, StackError
 
 if TYPE_CHECKING:
@@ -32,16 +32,13 @@ PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 _TIMEOUT_S: Final = 600.0
 _BAR: Final = 12
 
-out = Console()
-err = Console(stderr=True)
-
 
 def suggest_layer(
     images: Annotated[
         list[Path], typer.Argument(help="pictures, or folders of them, like those the model will see")
     ],
     model: Annotated[str, typer.Option(help="Hugging Face directory or hub id")],
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Proposes an object layer, from the attention that pictures get in every layer."""
     paths = _pictures(images)
@@ -50,8 +47,12 @@ def suggest_layer(
     try:
         checkpoint = open_checkpoint(model)
         views = _views(checkpoint, paths)
-    except (CheckpointError, StackError) as error:
-        raise _failed(str(error)) from error
+    except CheckpointError as error:
+        raise options.stop(str(error), reason="MODEL", as_json=as_json) from error
+    except StackError as error:
+        raise options.stop(str(error), reason="NOT_STARTED", as_json=as_json) from error
+    except HipruneError as error:
+        options.fail(error, as_json=as_json)
     from hiprune import layer_choice
 
     found = layer_choice.profiles(views)
@@ -65,7 +66,7 @@ def suggest_layer(
             "deep_layer": checkpoint.facts.deep_layer,
             "layers": [{**asdict(profile), "merit": profile.merit} for profile in found],
         }
-        print(json.dumps(content))
+        options.print_json(content)
         return
     out.print(_table(found, checkpoint, layer))
     out.print(
@@ -100,10 +101,9 @@ def _pictures(given: Sequence[Path]) -> list[Path]:
 
 def _views(checkpoint: Checkpoint, paths: Sequence[Path]) -> list[View]:
     """Every picture's first view. Raises StackError."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     stack = Stack(model=str(checkpoint.path), redis=False)
     try:
-        with Progress(*columns, console=err) as bar:
+        with options.progress() as bar:
             task = bar.add_task("loading the encoder", total=len(paths))
             stack.start_service("encoder")
             stack.wait_ready("encoder")
@@ -131,7 +131,9 @@ async def _encode(
             try:
                 response = await stub.EncodeImage(request, timeout=_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
-                raise _failed(f"{path}: {error.details()}") from error
+                found = from_rpc(error, peer="encoder")
+                found.message = f"{path}: {found.message}"
+                raise found from error
             views.append(_view(response.views[0]))
             step()
     return views
@@ -178,8 +180,3 @@ def _table(found: Sequence[Profile], checkpoint: Checkpoint, layer: int) -> Tabl
         "overlap of two pictures; merit: clumps × (1 - habit)"
     )
     return table
-
-
-def _failed(message: str) -> typer.Exit:
-    err.print(f"error: {message}", style="red", markup=False)
-    return typer.Exit(1)

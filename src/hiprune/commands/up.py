@@ -82,11 +82,7 @@ def demo(
     except HipruneError as error:
         options.fail(error, as_json=as_json)
     except StackError as error:
-        if as_json:
-            options.print_error(str(error), reason="NOT_STARTED")
-        else:
-            err.print(f"error: {error}", style="red", markup=False)
-        raise typer.Exit(1) from error
+        raise options.stop(str(error), reason="NOT_STARTED", as_json=as_json) from error
     if as_json:
         options.print_json(content)
 
