@@ -60,7 +60,6 @@ class Encoded:
     features: torch.Tensor  # (N, D)
     scores: Mapping[int, Scores]  # 1-based layer → (N,)
     cls: Mapping[int, Scores]  # likewise, from CLS alone; empty for a tower without one
-    message: encoder_service_pb2.View
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class Prunings:
             for name in ("scores", "cls_scores")
         )
         features = tensors.from_proto(view.features, field="features", shape=(None, None))
-        return Encoded((view.grid_height, view.grid_width), features, scores, cls, view)
+        return Encoded((view.grid_height, view.grid_width), features, scores, cls)
 
     async def pruned(self, image: bytes, policy: pruner_service_pb2.PrunePolicy, question: str) -> Kept:
         """What PruneImage leaves, as the llm would get it. Raises grpc.aio.AioRpcError."""

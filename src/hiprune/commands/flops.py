@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, get_args
@@ -12,7 +11,7 @@ import typer
 from rich.table import Table
 
 from hiprune.budgets import Budget
-from hiprune.commands.options import AsJson, out
+from hiprune.commands.options import AsJson, out, print_json
 from hiprune.costs import PAPERS_TEXT_TOKENS, PIXEL_BOUNDS, Costs, Media, Method, Model
 from hiprune.costs.published import CLIP_L_336, CONFIGS
 from hiprune.errors import InvalidInput
@@ -85,7 +84,7 @@ def flops(
         hint = {"frames": "--frames", "image": "--image"}.get(error.field, "--keep")
         raise typer.BadParameter(str(error), param_hint=hint) from error
     if as_json:
-        print(json.dumps({"model": model, "method": method, "batch": batch, **_content(costs)}))
+        print_json({"model": model, "method": method, "batch": batch, **_content(costs)})
     else:
         _show(costs, f"{model}, {method}")
 
