@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -360,6 +361,11 @@ def test_only_the_files_that_would_be_loaded_are_the_checkpoint(base, tmp_path):
         ({**CONFIG, "vision_config": CONFIG["vision_config"] | {"image_size": "big"}}, "config.json: "),
         ({**CONFIG, "vision_feature_layer": [-2, -5]}, "vision_feature_layer is [-2, -5]"),
         ({**CONFIG, "vision_feature_layer": 9}, "vision_feature_layer is 9"),
+        ({**CONFIG, "hiprune": 2}, "hiprune is 2, expected"),
+        ({**CONFIG, "hiprune": {"layer": 2}}, "hiprune is {'layer': 2}, expected"),
+        ({**CONFIG, "hiprune": {"object_layer": 0}}, "hiprune.object_layer is 0, expected a layer from 1"),
+        ({**CONFIG, "hiprune": {"object_layer": 99}}, "hiprune.object_layer is 99, expected a layer from 1"),
+        ({**CONFIG, "hiprune": {"object_layer": True}}, "hiprune.object_layer is True, expected"),
         ([], "config.json: a JSON list, expected an object"),
     ],
     ids=str,
@@ -368,6 +374,16 @@ def test_a_config_that_does_not_fit_is_refused_by_its_key(config, expected, tmp_
     message = refusal(write(tmp_path / "base", tower(), config=config))
     assert str(tmp_path / "base") in message
     assert expected in message
+
+
+def test_a_checkpoint_may_name_its_own_object_layer(tmp_path):
+    base = open_checkpoint(str(write(tmp_path / "base", tower())))
+    for layer in range(1, base.facts.deep_layer + 1):
+        config = {**CONFIG, "hiprune": {"object_layer": layer}}
+        own = open_checkpoint(str(write(tmp_path / f"own{layer}", tower(), config=config)))
+        assert own.facts == replace(base.facts, object_layer=layer)
+        # which layer looks at things is no part of what the tower computes: its cached entries stay good
+        assert own.vision_digest == base.vision_digest
 
 
 def test_a_config_that_is_missing_or_unreadable_is_named(base):

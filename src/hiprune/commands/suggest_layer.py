@@ -71,7 +71,7 @@ def suggest_layer(
     out.print(_table(found, checkpoint, layer))
     out.print(
         f"object layer [bold]{layer}[/bold] looks at things most, and not always at the same places; "
-        f"the {checkpoint.facts.family} family's default is {checkpoint.facts.object_layer}"
+        f"the model's default is {checkpoint.facts.object_layer}"
     )
     if len(paths) < layer_choice.ENOUGH_VIEWS:
         err.print(

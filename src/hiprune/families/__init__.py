@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 
@@ -26,7 +26,7 @@ class Facts:
     layers: int
     """Encoder layers in the checkpoint, L."""
     object_layer: int
-    """The paper's default for this encoder: its middle layer."""
+    """The default: the one that the checkpoint names, else the paper's for this family, a middle one."""
     deep_layer: int
     """The layer whose output is the visual feature; nothing behind it runs."""
     hidden_size: int
@@ -64,4 +64,18 @@ def facts_of(config: Mapping[str, Any]) -> Facts:
             f"config.json: model_type is {model_type!r}, expected one of {', '.join(families())}"
         )
     facts: Facts = importlib.import_module(f"{__name__}.{model_type}").facts(config)
-    return facts
+    return replace(facts, object_layer=_own_object_layer(config, facts))
+
+
+def _own_object_layer(config: Mapping[str, Any], facts: Facts) -> int:
+    """The layer in `"hiprune": {"object_layer": 7}` of `config.json`: each tower meets objects elsewhere."""
+    own = config.get("hiprune", {})
+    if not isinstance(own, Mapping) or own.keys() - {"object_layer"}:
+        raise UnsupportedModel(f'config.json: hiprune is {own!r}, expected {{"object_layer": a layer}}')
+    layer = own.get("object_layer", facts.object_layer)
+    if type(layer) is not int or not 1 <= layer <= facts.deep_layer:
+        raise UnsupportedModel(
+            f"config.json: hiprune.object_layer is {layer!r}, expected a layer from 1 to the deep one, "
+            f"{facts.deep_layer}"
+        )
+    return layer
