@@ -32,6 +32,8 @@ from models.shapes.scenes import COLOURS, GRID, KINDS, PATCH, SIDE
 
 WIDTH: Final = 128
 LAYERS: Final = 12
+OBJECT_LAYER: Final = 9
+"""What `hiprune suggest-layer` proposes for the trained tower; written into its `config.json`."""
 PROJECTION: Final = 128
 LANGUAGE_WIDTH: Final = 192
 LANGUAGE_LAYERS: Final = 4
@@ -147,6 +149,7 @@ def build() -> tuple[LlavaForConditionalGeneration, CLIPModel]:
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",
             tie_word_embeddings=True,
+            hiprune={"object_layer": OBJECT_LAYER},
         )
     )
     llava.model.vision_tower = clip.vision_model

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models.shapes import architecture, scenes
 from models.shapes.architecture import ASSISTANT, BOS, EOS, MEAN, PAD, STD, USER
-from models.shapes.questions import caption, questions
+from models.shapes.questions import Phrase, caption, phrases, questions
 from models.shapes.scenes import COLOURS, GRID, KINDS, MOST_THINGS, SIDE, SIZES
 
 IGNORED: Final = -100
@@ -25,7 +25,8 @@ HELD_OUT: Final = 1_000_003
 
 @dataclass
 class Batch:
-    """B pictures, T things at most, N patches, Q questions a picture, S tokens of a picture's questions."""
+    """B pictures, T things at most, N patches, Q questions a picture, S tokens of a picture's questions, P
+    phrases in them."""
 
     pixels: torch.Tensor  # (B, 3, SIDE, SIDE) float32, normalised
     owners: torch.Tensor  # (B, N) int64: 0 background, else 1 + the thing
@@ -41,6 +42,8 @@ class Batch:
     branches: torch.Tensor  # (B, S) int64: which question a token is of, from 1; -1 is padding
     offsets: torch.Tensor  # (B, S) int64: how far a token is into its question
     labels: torch.Tensor  # (B, S) int64: the token that comes next, where it is of an answer; else IGNORED
+    phrase_ends: torch.Tensor  # (B, P) int64: the place among `ids` where a phrase ends; -1 is padding
+    phrase_fits: torch.Tensor  # (B, P, T + 1) bool, by owner: what the phrase fits
     types: list[list[str]] = field(default_factory=list)  # of each picture's questions
 
     def to(self, device: torch.device) -> Self:
@@ -84,16 +87,13 @@ def make(tokenizer: PreTrainedTokenizerFast, seed: int, number: int, size: int, 
         question_ids=torch.stack(
             [_padded([*row.questions, *[[BOS, EOS]] * (most - len(row.questions))], PAD, 20) for row in rows]
         ),
-        about=torch.stack(
-            [
-                torch.cat([row.about, row.about.new_zeros(most - len(row.about), MOST_THINGS + 1)])
-                for row in rows
-            ]
-        ),
+        about=_same_height([row.about for row in rows]),
         ids=_padded([row.ids for row in rows], PAD),
         branches=_padded([row.branches for row in rows], -1),
         offsets=_padded([row.offsets for row in rows], 0),
         labels=_padded([row.labels for row in rows], IGNORED),
+        phrase_ends=_padded([row.phrase_ends for row in rows], -1),
+        phrase_fits=_same_height([_fits([each.fits for each in row.phrases]) for row in rows]),
         types=[row.types for row in rows],
     )
 
@@ -115,6 +115,8 @@ class _Row:
     offsets: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     types: list[str] = field(default_factory=list)
+    phrases: list[Phrase] = field(default_factory=list)
+    phrase_ends: list[int] = field(default_factory=list)
 
 
 def _row(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, questions_each: int) -> _Row:
@@ -122,7 +124,6 @@ def _row(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, questions_each
     picture, pixel_owners = scenes.render(scene)
     owners = torch.from_numpy(scenes.patch_owners(pixel_owners).reshape(GRID * GRID))
     asked = questions(scene, questions_each, draw)
-    about = torch.zeros(len(asked), MOST_THINGS + 1, dtype=torch.bool)
     row = _Row(
         pixels=(torch.from_numpy(picture).permute(2, 0, 1) / 255 - MEAN[0]) / STD[0],
         owners=owners,
@@ -131,7 +132,7 @@ def _row(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, questions_each
         colours=_by_owner([list(COLOURS).index(each.colour) for each in scene.things]),
         sizes=_by_owner([list(SIZES).index(each.size) for each in scene.things]),
         middles=torch.zeros(MOST_THINGS + 1, 2),
-        about=about,
+        about=_fits([each.about for each in asked]),
         caption=[*_ids(tokenizer, caption(scene, draw)), EOS],
     )
     for order, each in enumerate(scene.things, start=1):
@@ -139,15 +140,29 @@ def _row(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, questions_each
     for branch, each in enumerate(asked, start=1):
         question, answer = _ids(tokenizer, each.text), _ids(tokenizer, each.answer)[1:]
         tokens = [*question[1:], ASSISTANT, *answer, EOS]
+        found = phrases(scene, each.text)
+        row.phrases += found
+        row.phrase_ends += [len(row.ids) + phrase.end for phrase in found]  # a word is a token
         row.ids += tokens
         row.branches += [branch] * len(tokens)
         row.offsets += range(len(tokens))
         row.labels += [IGNORED] * (len(question) - 1) + [*answer, EOS, IGNORED]
         row.questions.append([*question, EOS])
         row.types.append(each.type)
-        for thing in each.about:
-            about[branch - 1, thing + 1] = True
     return row
+
+
+def _fits(rows: list[tuple[int, ...]]) -> torch.Tensor:
+    """(rows, T + 1) bool, by owner, from numbers of things."""
+    made = torch.zeros(len(rows), MOST_THINGS + 1, dtype=torch.bool)
+    for row, things in zip(made, rows, strict=True):
+        row[[thing + 1 for thing in things]] = True
+    return made
+
+
+def _same_height(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """Blocks (R, T + 1) with as many rows as the highest has, stacked; what is added is False."""
+    return torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True)
 
 
 def _by_owner(values: list[int]) -> torch.Tensor:

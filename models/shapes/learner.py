@@ -1,8 +1,10 @@
 """What is learned, and from what: one forward of both models over a batch, and its losses.
 
 The tower learns from what scenes know of their patches: which thing, what kind, colour and size, where its
-middle is; and from words, as CLIP does, but patch by patch, so that a question finds its patches. The heads
-that ask for the former are thrown away. The language model learns from answers alone.
+middle is; and from words, as CLIP does, but patch by patch, so that a question finds its patches. The
+language model learns from answers, and, once it learns alone, from what an answer is made of: what the
+phrases of a question speak of, and which tokens begin a thing. The heads that ask for all this but answers
+are thrown away.
 
 Tokens are thinned in training. Patches before the tower, to save time: of the background, since a shape of
 which patches are missing is not learned. Features before the language model: always by another share, and
@@ -19,10 +21,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPModel, LlavaForConditionalGeneration
 
-from models.shapes.architecture import EOS, LAYERS, WIDTH
+from models.shapes import architecture
+from models.shapes.architecture import EOS, LANGUAGE_WIDTH, LAYERS, WIDTH
 from models.shapes.batches import IGNORED, PREFIX, Batch
 from models.shapes.questions import plural
-from models.shapes.scenes import COLOURS, GRID, KINDS, PATCH, SIZES
+from models.shapes.scenes import COLOURS, GRID, KINDS, MOST_THINGS, PATCH, SIZES
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Thinning:
 
     seen: float
     read: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the language model makes of K image tokens and S question tokens of each of B pictures."""
+
+    logits: torch.Tensor  # (A, words), of the answers' tokens
+    labels: torch.Tensor  # (A)
+    images: list[torch.Tensor]  # (B, K, H) before the first layer and after each
+    texts: list[torch.Tensor]  # (B, S, H), likewise
 
 
 class Learner(nn.Module):
@@ -47,6 +60,11 @@ class Learner(nn.Module):
         self.middle = nn.Linear(WIDTH, 2)
         self.place = nn.Linear(WIDTH, 2)
         self.mask = nn.Linear(WIDTH, PATCH * PATCH)
+        self.named = nn.Linear(LANGUAGE_WIDTH, 2 + len(KINDS) + len(COLOURS) + len(SIZES))
+        self.number = nn.Linear(LANGUAGE_WIDTH, MOST_THINGS + 1)
+        self.begins = nn.Linear(LANGUAGE_WIDTH, 1)
+        self.register_buffer("centre", torch.zeros(WIDTH))
+        self.register_buffer("whitener", torch.eye(WIDTH))
         self.register_buffer("phrases", phrases, persistent=False)
         at = torch.arange(GRID) / (GRID - 1)
         grid = torch.stack([at.expand(GRID, GRID), at[:, None].expand(GRID, GRID)], dim=-1)
@@ -88,19 +106,18 @@ class Learner(nn.Module):
         losses["contrast"] = self._contrast(batch, picture)
         return losses
 
-    def answer(
-        self, batch: Batch, features: torch.Tensor, read: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits (A, words) and labels (A) of answer tokens, from `read` (B, K) of the features (B, M, D).
+    def read(self, batch: Batch, features: torch.Tensor, read: torch.Tensor) -> Reading:
+        """Reads `read` (B, K) of the features (B, M, D), and the questions.
 
         All questions of a picture stand behind its tokens in one sequence; each sees the picture and itself.
         """
         images = features.gather(1, read[..., None].expand(-1, -1, WIDTH))
+        images = (images.float() - self.centre) @ self.whitener
         images = self.llava.model.multi_modal_projector(images)  # (B, K, H)
         embed = self.llava.model.language_model.embed_tokens
         prefix = embed(torch.tensor(PREFIX, device=images.device)).expand(len(images), -1, -1)
         rows = torch.cat([prefix, images, embed(batch.ids)], dim=1)  # (B, S, H)
-        before = prefix.shape[1] + images.shape[1]
+        begin, before = prefix.shape[1], prefix.shape[1] + images.shape[1]
         positions = torch.cat(
             [torch.arange(before, device=rows.device).expand(len(rows), -1), before + batch.offsets], dim=1
         )
@@ -111,11 +128,73 @@ class Learner(nn.Module):
         )
         mask = torch.zeros(seen.shape, dtype=rows.dtype, device=rows.device)
         mask.masked_fill_(~seen, torch.finfo(rows.dtype).min)
-        hidden = self.llava.model.language_model(
-            inputs_embeds=rows, attention_mask=mask[:, None], position_ids=positions, use_cache=False
-        ).last_hidden_state[:, before:]
+        made = self.llava.model.language_model(
+            inputs_embeds=rows,
+            attention_mask=mask[:, None],
+            position_ids=positions,
+            use_cache=False,
+            output_hidden_states=True,
+        )
         wanted = batch.labels != IGNORED
-        return self.llava.lm_head(hidden[wanted]), batch.labels[wanted]
+        return Reading(
+            self.llava.lm_head(made.last_hidden_state[:, before:][wanted]),
+            batch.labels[wanted],
+            [hidden[:, begin:before] for hidden in made.hidden_states],
+            [hidden[:, before:] for hidden in made.hidden_states],
+        )
+
+    def lessons(self, batch: Batch, owners: torch.Tensor, reading: Reading) -> dict[str, torch.Tensor]:
+        """Losses of what answers are made of; `owners` (B, K) of the tokens read.
+
+        After the second layer, which tokens begin a thing, and what a phrase that fits one thing speaks of;
+        after the third, how many things a phrase fits. The fourth is left for the answer.
+        """
+        second, third = 2, 3
+        thing = owners > 0
+        begins = self.begins(_normal(reading.images[second]))[..., 0][thing].float()
+        wanted = batch.phrase_ends >= 0
+        fits = batch.phrase_fits[wanted]  # (F, T + 1)
+        rows = wanted.nonzero()[:, 0]
+        ends = batch.phrase_ends[wanted]
+        one = fits.sum(-1) == 1
+        named = self.named(_normal(reading.texts[second][rows[one], ends[one]])).float()
+        middle, kind, colour, size = named.split([2, len(KINDS), len(COLOURS), len(SIZES)], dim=-1)
+        at = rows[one], fits[one].int().argmax(-1)
+        numbers = self.number(_normal(reading.texts[third][rows, ends])).float()
+        return {
+            "begins": F.binary_cross_entropy_with_logits(begins, first_of_things(owners)[thing].float()),
+            "named middle": F.smooth_l1_loss(middle, batch.middles[at], beta=0.05),
+            "named kind": F.cross_entropy(kind, batch.kinds[at] - 1),
+            "named colour": F.cross_entropy(colour, batch.colours[at] - 1),
+            "named size": F.cross_entropy(size, batch.sizes[at] - 1),
+            "number": F.cross_entropy(numbers, fits.sum(-1)),
+        }
+
+    def start_reading(self, features: torch.Tensor) -> None:
+        """A new language model, and a projector that begins with every direction of features (F, D) alike.
+
+        A tower's features differ ten thousand times as much in some directions as in others, and where a
+        thing is lies in small ones: a projector that starts anywhere else does not hear of it for long.
+        """
+        fresh = architecture.build()[0].model
+        self.llava.model.language_model.load_state_dict(fresh.language_model.state_dict())
+        projector = self.llava.model.multi_modal_projector
+        with torch.no_grad():
+            for layer, gain in ((projector.linear_1, 1.0), (projector.linear_2, 0.2)):
+                layer.weight.normal_(0, gain * layer.in_features**-0.5)
+                layer.bias.zero_()
+            self.centre.copy_(features.mean(0))
+            values, vectors = torch.linalg.eigh(torch.cov(features.T.double()))
+            self.whitener.copy_(vectors * values.clamp(min=1e-3).rsqrt() @ vectors.T)
+
+    def fold(self) -> None:
+        """Puts what evens the features into the projector's first layer: it then takes them as they are."""
+        first = self.llava.model.multi_modal_projector.linear_1
+        with torch.no_grad():
+            first.weight.copy_(first.weight @ self.whitener)
+            first.bias.sub_(first.weight @ self.centre)
+            self.centre.zero_()
+            self.whitener.copy_(torch.eye(WIDTH))
 
     def _aligned(self, features: torch.Tensor) -> torch.Tensor:
         """In the text encoder's space, of length 1: what the service compares questions with."""
@@ -196,6 +275,17 @@ def thinned(owners: torch.Tensor, share: float, draw: torch.Generator) -> torch.
     taste = 1.5 * torch.randn(len(owners), 1, generator=draw)
     noise = -torch.log(-torch.log(torch.rand(owners.shape, generator=draw).clamp(1e-9, 1 - 1e-7)))
     return _highest(noise + taste * (owners > 0), share)
+
+
+def _normal(hidden: torch.Tensor) -> torch.Tensor:
+    """As a layer reads it: of one length."""
+    return F.rms_norm(hidden, hidden.shape[-1:])
+
+
+def first_of_things(owners: torch.Tensor) -> torch.Tensor:
+    """Which tokens (B, K) are the first of their thing, by owners (B, K)."""
+    same = owners[:, :, None] == owners[:, None, :]  # (B, K, K)
+    return (owners > 0) & ~same.tril(-1).any(-1)
 
 
 def _highest(scores: torch.Tensor, share: float) -> torch.Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from models.shapes.scenes import COLOURS, KINDS, SIDE, Scene, Thing
+from models.shapes.scenes import COLOURS, KINDS, SIDE, SIZES, Scene, Thing
 
 TYPES: Final = ("colour", "shape", "size", "count", "exist", "relation", "where")
 
@@ -28,6 +29,15 @@ class Question:
     about: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Phrase:
+    """Words that describe things, as "small red star": `end` is the last one's place among the words of the
+    text, `fits` are numbers of things, from 0."""
+
+    end: int
+    fits: tuple[int, ...]
+
+
 def question(scene: Scene, kind: str, draw: np.random.Generator) -> Question | None:
     """A question of a type, or None where the scene allows none."""
     return _MAKERS[kind](scene, draw)
@@ -37,6 +47,22 @@ def questions(scene: Scene, number: int, draw: np.random.Generator) -> list[Ques
     """Questions of every type in turn; fewer where the scene allows fewer."""
     made = (question(scene, TYPES[order % len(TYPES)], draw) for order in range(number))
     return [each for each in made if each is not None]
+
+
+def phrases(scene: Scene, text: str) -> list[Phrase]:
+    """What a text speaks of, in its order, whether the scene has it or not."""
+    found = []
+    for match in _PHRASE.finditer(text):
+        size, colour, noun = match.groups()
+        fits = tuple(
+            order
+            for order, each in enumerate(scene.things)
+            if size in (None, each.size)
+            and colour in (None, each.colour)
+            and noun in ("shape", "shapes", each.kind, plural(each.kind))
+        )
+        found.append(Phrase(len(text[: match.end()].split()) - 1, fits))
+    return found
 
 
 def caption(scene: Scene, draw: np.random.Generator) -> str:
@@ -201,6 +227,12 @@ def _likely(draw: np.random.Generator, there: list[str], every: list[str]) -> st
     """Three times out of four one that is there."""
     return str(draw.choice(there if draw.random() < 0.75 else every))
 
+
+_PHRASE: Final = re.compile(
+    r"\b(?:({}) )?(?:({}) )?({})\b".format(
+        "|".join(SIZES), "|".join(COLOURS), "|".join(["shapes?", *KINDS, *(plural(kind) for kind in KINDS)])
+    )
+)
 
 _MAKERS: Final = {
     "colour": _colour,

@@ -36,6 +36,8 @@ TOWER_ALONE: Final = 0.26
 """Share of the tower's steps in which it learns alone: before, it has nothing to tell a language model."""
 ALL_SEEN: Final = 0.93
 """Share of the tower's steps after which it sees every patch, as it will in service."""
+FEW_READ: Final = 0.7
+"""Share of the language model's steps in which it reads a third of the tokens at most."""
 
 
 def main() -> None:
@@ -52,6 +54,7 @@ def main() -> None:
     first = restore(run, learner, optimizers) if (run / "state.json").exists() else 0
     train(learner, optimizers, options, run, first, device)
     learner.eval()
+    learner.fold()
     architecture.save(learner.llava.cpu(), learner.clip, run / "checkpoint")
     print(f"checkpoint: {run / 'checkpoint'}")
 
@@ -95,10 +98,15 @@ def train(
     with bar, log:
         task = bar.add_task("training", total=total, completed=first)
         for step, batch in steps_from(first, options, device):
+            if step == options.steps:
+                torch.manual_seed(options.seed)
+                learner.start_reading(every_feature(learner, options.seed, device))
+                optimizers[:] = make_optimizers(learner, options.learning_rate)
             rate = options.learning_rate * schedule(step, options.steps, options.language_steps)
             for group in (group for each in optimizers for group in each.param_groups):
                 group["lr"] = rate
-            losses = one_step(learner, optimizers, batch, step / options.steps, options.seed + step, device)
+            through = step / options.steps, (step - options.steps) / max(1, options.language_steps)
+            losses = one_step(learner, optimizers, batch, through, options.seed + step, device)
             done = step + 1
             line: dict[str, Any] = {"step": done, "seconds": round(time.monotonic() - began, 1)} | losses
             if done % LOOK_EVERY == 0 or done == total:
@@ -138,27 +146,32 @@ def one_step(
     learner: Learner,
     optimizers: list[torch.optim.Optimizer],
     batch: Batch,
-    through: float,
+    through: tuple[float, float],
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
-    """One step; `through` is the share of the tower's steps that are done. Losses by name, the sum as `all`.
+    """One step. Losses by name, the weighted sum as `all`.
 
-    From 1 on the tower stays as it is, and the language model learns to read it.
+    `through` are the shares that are done of the tower's steps, and of the language model's after them, in
+    which the tower stays as it is.
     """
     learner.train()
+    tower, language = through
     draw = torch.Generator().manual_seed(seed)
-    thinning = draw_thinning(through, draw)
+    thinning = draw_thinning(tower, language, draw)
     kept = things_whole(batch.owners, thinning.seen, draw)
-    read = thinned(batch.owners.gather(1, kept), thinning.read, draw).to(device)
-    kept, batch = kept.to(device), batch.to(device)
+    read = thinned(batch.owners.gather(1, kept), thinning.read, draw)
+    owners = batch.owners.gather(1, kept).gather(1, read).to(device)
+    kept, read, batch = kept.to(device), read.to(device), batch.to(device)
     with torch.autocast(device.type, torch.bfloat16):
-        with torch.set_grad_enabled(through < 1):
+        with torch.set_grad_enabled(tower < 1):
             features, picture = learner.see(batch, kept)
-        losses = learner.vision_losses(batch, kept, features, picture) if through < 1 else {}
-        if through >= TOWER_ALONE:
-            logits, labels = learner.answer(batch, features, read)
-            losses["answer"] = nn.functional.cross_entropy(logits.float(), labels)
+        losses = learner.vision_losses(batch, kept, features, picture) if tower < 1 else {}
+        if tower >= TOWER_ALONE:
+            reading = learner.read(batch, features, read)
+            losses["answer"] = nn.functional.cross_entropy(reading.logits.float(), reading.labels)
+        if tower >= 1:
+            losses |= learner.lessons(batch, owners, reading)
     total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
     total.backward()
     nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
@@ -183,15 +196,24 @@ WEIGHTS: Final = {
     "found": 0.15,
     "contrast": 0.1,
     "answer": 1.0,
+    "begins": 0.5,
+    "named middle": 3.0,
+    "named kind": 0.2,
+    "named colour": 0.2,
+    "named size": 0.2,
+    "number": 0.5,
 }
 
 
-def draw_thinning(through: float, draw: torch.Generator) -> Thinning:
-    """How many tokens this step works with."""
+def draw_thinning(tower: float, language: float, draw: torch.Generator) -> Thinning:
+    """How many tokens the step works with that comes after such shares of both models' steps."""
     one, other, third = torch.rand(3, generator=draw).tolist()
-    seen = 1.0 if through >= ALL_SEEN else 0.25 + 0.2 * one
-    read = 1.0 if third < 0.25 else 0.08 + 0.92 * other * other
-    return Thinning(seen, read)
+    if tower >= 1:
+        # the fewer tokens, the faster: most of what is to be learned is learned from few
+        late = language >= FEW_READ
+        return Thinning(1.0, 1.0 if late and third < 0.3 else 0.06 + (0.6 if late else 0.3) * other * other)
+    seen = 1.0 if tower >= ALL_SEEN else 0.25 + 0.2 * one
+    return Thinning(seen, 1.0 if third < 0.25 else 0.08 + 0.92 * other * other)
 
 
 def schedule(step: int, tower_steps: int, language_steps: int = 0) -> float:
@@ -208,6 +230,17 @@ def schedule(step: int, tower_steps: int, language_steps: int = 0) -> float:
 
 
 @torch.no_grad()
+def every_feature(learner: Learner, seed: int, device: torch.device) -> torch.Tensor:
+    """Features (F, D) of every patch of some pictures, to measure how they spread."""
+    made = []
+    for number in range(4):
+        batch = Batches(seed, 16, 1)[number].to(device)
+        every = torch.arange(batch.owners.shape[1], device=device).expand(len(batch.owners), -1)
+        made.append(learner.see(batch, every)[0].flatten(0, 1).float())
+    return torch.cat(made)
+
+
+@torch.no_grad()
 def look(learner: Learner, batches: list[Batch], device: torch.device) -> dict[str, float]:
     """Share of held-out questions of each type that greedy decoding answers right, from all tokens."""
     learner.eval()
@@ -217,8 +250,8 @@ def look(learner: Learner, batches: list[Batch], device: torch.device) -> dict[s
         here = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16):
             features, _ = learner.see(here, every)
-            logits, labels = learner.answer(here, features, every)
-        hits = (logits.argmax(-1) == labels).cpu()
+            reading = learner.read(here, features, every)
+        hits = (reading.logits.argmax(-1) == reading.labels).cpu()
         asked = (batch.labels != IGNORED).nonzero()  # (A, 2): picture, place
         branches = batch.branches[asked[:, 0], asked[:, 1]]
         for picture, types in enumerate(batch.types):
@@ -287,7 +320,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=1500, help="in which the tower learns")
     parser.add_argument(
-        "--language-steps", type=int, default=700, help="after them, of the language model alone"
+        "--language-steps", type=int, default=1800, help="after them, of the language model alone"
     )
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")
     parser.add_argument("--questions", type=int, default=14, help="questions a picture")

@@ -7,9 +7,10 @@ import torch
 
 from models.shapes import architecture, scenes
 from models.shapes.batches import IGNORED, make
-from models.shapes.learner import things_whole, thinned
-from models.shapes.questions import TYPES, place, questions
-from models.shapes.scenes import COLOURS, GRID, SIDE, render, scene
+from models.shapes.learner import first_of_things, things_whole, thinned
+from models.shapes.questions import TYPES, Phrase, phrases, place, questions
+from models.shapes.scenes import COLOURS, GRID, SIDE, Scene, Thing, render, scene
+from models.shapes.train import make_learner
 
 MANY = [scene(7, number) for number in range(60)]
 
@@ -155,3 +156,84 @@ def test_the_mask_of_a_patch_is_where_its_owner_is():
         pixels = scenes.patches(render(MANY[number])[1])
         for patch, owner in enumerate(batch.owners[number].tolist()):
             assert batch.masks[number, patch].tolist() == (pixels[patch] == owner).tolist()
+
+
+def test_a_phrase_fits_what_it_describes():
+    things = tuple(
+        Thing(kind, colour, size, 0, 0, 1, 0)
+        for kind, colour, size in (
+            ("star", "red", "small"),
+            ("star", "red", "large"),
+            ("cross", "red", "large"),
+            ("cross", "blue", "large"),
+        )
+    )
+    for text, expected in {
+        "is the small red star left of the large cross ?": [Phrase(4, (0,)), Phrase(9, (2, 3))],
+        "how many crosses are there ?": [Phrase(2, (2, 3))],
+        "how many red shapes are there ?": [Phrase(3, (0, 1, 2))],
+        "count the shapes .": [Phrase(2, (0, 1, 2, 3))],
+        "is there a blue star ?": [Phrase(4, ())],
+        "is the blue cross large or small ?": [Phrase(3, (3,))],
+        "what is the blue shape ?": [Phrase(4, (3,))],
+        "yes": [],
+    }.items():
+        assert phrases(Scene(things, (0,)), text) == expected, text
+
+
+def test_every_question_has_a_phrase_and_what_it_is_about_fits():
+    for each, question in asked(set(TYPES)):
+        found = phrases(each, question.text)
+        assert found, question
+        fits = {thing for phrase in found for thing in phrase.fits}
+        if question.type in ("shape", "exist"):  # "which shape is red ?", and two red stars
+            assert fits >= set(question.about) or question.answer == "no", question
+        else:
+            assert fits == set(question.about), question
+
+
+def test_a_batch_says_where_its_phrases_end_and_what_they_fit():
+    words = architecture.tokenizer()
+    batch = make(words, 7, 0, 4, 14)
+    for picture in range(4):
+        expected = [
+            (question.text.split()[phrase.end], {thing + 1 for thing in phrase.fits})
+            for question in questions(MANY[picture], 14, np.random.default_rng([7, picture, 2]))
+            for phrase in phrases(MANY[picture], question.text)
+        ]
+        ends = batch.phrase_ends[picture]
+        assert (ends[len(expected) :] == -1).all()
+        found = [
+            (words.decode(batch.ids[picture, end]), set(fits.nonzero()[:, 0].tolist()))
+            for end, fits in zip(ends, batch.phrase_fits[picture], strict=True)
+            if end >= 0
+        ]
+        assert found == expected
+
+
+def test_a_token_begins_a_thing_where_none_before_it_is_of_the_same():
+    owners = torch.tensor([[0, 2, 2, 1, 0, 1, 2], [0, 0, 3, 3, 3, 3, 4]])
+    begins = torch.tensor([[0, 1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 1]], dtype=torch.bool)
+    assert torch.equal(first_of_things(owners), begins)
+
+
+def test_the_projector_begins_with_even_features_and_takes_them_as_they_are_once_folded():
+    torch.manual_seed(0)
+    learner = make_learner().eval()
+    width = learner.centre.shape[0]
+    features = torch.randn(4000, width) * torch.logspace(-1, 2, width) + 10 * torch.randn(width)
+    learner.start_reading(features)
+    even = (features - learner.centre) @ learner.whitener
+    torch.testing.assert_close(torch.cov(even.T), torch.eye(width), rtol=0, atol=0.02)
+    batch = make(architecture.tokenizer(), 7, 0, 2, 7)
+    some = features[: 2 * 30].reshape(2, 30, width)
+    every = torch.arange(30).expand(2, -1)
+    with torch.inference_mode():
+        before = learner.read(batch, some, every).logits
+        projector = learner.llava.model.multi_modal_projector
+        projected = projector((some - learner.centre) @ learner.whitener)
+        learner.fold()
+        after = learner.read(batch, some, every).logits
+        torch.testing.assert_close(projector(some), projected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(before[0], before[-1])
