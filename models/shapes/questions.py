@@ -53,7 +53,8 @@ def phrases(scene: Scene, text: str) -> list[Phrase]:
     """What a text speaks of, in its order, whether the scene has it or not."""
     found = []
     for match in _PHRASE.finditer(text):
-        size, colour, noun = match.groups()
+        size, colour, coloured, plain = match.groups()
+        noun = coloured or plain or "shape"
         fits = tuple(
             order
             for order, each in enumerate(scene.things)
@@ -228,11 +229,9 @@ def _likely(draw: np.random.Generator, there: list[str], every: list[str]) -> st
     return str(draw.choice(there if draw.random() < 0.75 else every))
 
 
-_PHRASE: Final = re.compile(
-    r"\b(?:({}) )?(?:({}) )?({})\b".format(
-        "|".join(SIZES), "|".join(COLOURS), "|".join(["shapes?", *KINDS, *(plural(kind) for kind in KINDS)])
-    )
-)
+_NOUN: Final = "|".join(["shapes?", *KINDS, *(plural(kind) for kind in KINDS)])
+_COLOUR: Final = "|".join(COLOURS)
+_PHRASE: Final = re.compile(rf"\b(?:({'|'.join(SIZES)}) )?(?:({_COLOUR})(?: ({_NOUN}))?|({_NOUN}))\b")
 
 _MAKERS: Final = {
     "colour": _colour,

@@ -198,7 +198,7 @@ WEIGHTS: Final = {
     "answer": 1.0,
     "begins": 0.5,
     "named middle": 3.0,
-    "named kind": 0.2,
+    "named kind": 0.5,
     "named colour": 0.2,
     "named size": 0.2,
     "number": 0.5,
