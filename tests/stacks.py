@@ -28,6 +28,11 @@ def questions() -> list[dict[str, str]]:
     return content
 
 
+def one_of_each_picture() -> list[dict[str, str]]:
+    """The first question about each sample."""
+    return list({sample["image"]: sample for sample in reversed(questions())}.values())[::-1]
+
+
 def picture(name: str) -> bytes:
     """A sample's encoded image."""
     return (SAMPLES / name).read_bytes()

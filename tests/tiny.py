@@ -18,6 +18,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from hiprune.config import EMBEDDED_MODEL
 
+WORDS: Final[int] = len(json.loads((EMBEDDED_MODEL / "tokenizer.json").read_text("utf-8"))["model"]["vocab"])
+"""Of the embedded model's tokenizer, with which the tiny models read."""
+
 Layout = Literal["flat", "vision_model", "model"]
 LAYOUTS: Final[tuple[Layout, ...]] = ("flat", "vision_model", "model")
 """The three key layouts on disk: `vision_tower.encoder.…` (the embedded model's),
@@ -75,7 +78,7 @@ def make_llava(
         ),
         text_config=LlamaConfig(
             **{
-                "vocab_size": 116,
+                "vocab_size": WORDS,
                 "hidden_size": text_hidden,
                 "intermediate_size": 2 * text_hidden,
                 "num_hidden_layers": text_layers,

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hiprune.config import EMBEDDED_MODEL
-from tests.tiny import Layout, _save_weights
+from tests.tiny import WORDS, Layout, _save_weights
 
 TILE: Final = 32
 PATCH: Final = 8
@@ -77,7 +77,7 @@ def make_llava_next(
     """
     config = LlavaNextConfig(
         vision_config=CLIPVisionConfig(**_VISION, num_hidden_layers=4, hidden_act="gelu"),
-        text_config=text(vocab_size=116, tie_word_embeddings=False, **_TEXT, **fields),
+        text_config=text(vocab_size=WORDS, tie_word_embeddings=False, **_TEXT, **fields),
         image_token_index=4,
         image_seq_length=SIDE**2,
         image_grid_pinpoints=NEXT_PINPOINTS,
@@ -113,14 +113,14 @@ def make_llava_onevision(
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(**_VISION, num_hidden_layers=vision_layers, vision_use_head=False),
         text_config=Qwen2Config(
-            vocab_size=117,
+            vocab_size=WORDS + 1,
             tie_word_embeddings=tied,
             # its heads have hidden_size / num_attention_heads channels: 32, which vLLM wants at least
             **{key: value for key, value in _TEXT.items() if key != "head_dim"}
             | {"num_attention_heads": 2, "num_key_value_heads": 1},
         ),
         image_token_index=4,
-        video_token_index=116,
+        video_token_index=WORDS,
         image_grid_pinpoints=ONEVISION_PINPOINTS,
         vision_aspect_ratio=f"anyres_max_{ONEVISION_MAX_TILES}",
         tie_word_embeddings=tied,
@@ -190,7 +190,7 @@ def make_clip(path: Path, seed: int = 0, **vision: Any) -> Path:
     """
     config = CLIPConfig(
         text_config={
-            "vocab_size": 116,
+            "vocab_size": WORDS,
             "hidden_size": 40,
             "intermediate_size": 80,
             "num_hidden_layers": 2,

@@ -26,10 +26,10 @@ from transformers import (
 
 from hiprune.config import EMBEDDED_MODEL
 from hiprune.v1 import llm_service_pb2
-from tests.tiny import Layout
+from tests.tiny import WORDS, Layout
 
-IMAGE_TOKEN, VIDEO_TOKEN = 4, 116
-VOCABULARY = 117
+IMAGE_TOKEN, VIDEO_TOKEN = 4, WORDS
+VOCABULARY = WORDS + 1
 PATCHES = 16  # of a view, beside its CLS
 ANSWER_TOKENS = 12
 # which frames stand for a video of so many, written out

@@ -38,7 +38,6 @@ def main() -> None:
         page.check("[name=layer][value=object]", force=True)
         page.focus("#canvas")
         page.keyboard.press("n")
-        page.evaluate("scrollTo(0, 0)")
         _take(page, folder / "playground-dark.png")
         page = _page(started, url, "light")
         page.check("[name=mode][value=compare]", force=True)
@@ -66,7 +65,8 @@ def _page(started: Browser, url: str, scheme: str) -> Page:
 
 
 def _take(page: Page, path: Path) -> None:
-    """Without the bytes that a browser in a hurry leaves in."""
+    """From the page's top, and without the bytes that a browser in a hurry leaves in."""
+    page.evaluate("scrollTo(0, 0)")
     with Image.open(BytesIO(page.screenshot())) as taken:
         taken.convert("RGB").save(path, optimize=True)
 

@@ -1,6 +1,8 @@
 """Prunes the tokens of an encoder of one's own: a CLIP from transformers, on any device. No service encodes.
 
-python examples/python/prune_tokens.py CLIP IMAGE QUESTION      CLIP: a directory or a hub id
+python examples/python/prune_tokens.py CLIP IMAGE QUESTION [LAYER]      CLIP: a directory or a hub id
+
+LAYER is the one whose attention finds objects; unless given, the share of the depth that 9 is of CLIP-L's 24.
 
 Needs torch, transformers and Pillow, and a pruner: `hiprune up` has one.
 """
@@ -43,12 +45,12 @@ def read(clip: CLIPModel, name: str, question: str) -> torch.Tensor:
     return clip.text_projection(clip.text_model(**tokens).pooler_output)[0]
 
 
-async def main(name: str, path: str, question: str) -> None:
+async def main(name: str, path: str, question: str, layer: str = "") -> None:
     """Encodes here, prunes there."""
     clip = CLIPModel.from_pretrained(name, attn_implementation="eager").eval()
     clip = clip.to("cuda" if torch.cuda.is_available() else "cpu")
     layers = clip.config.vision_config.num_hidden_layers
-    chosen = policy("hiprune++", keep=1 / 3, object_layer=round(layers * 9 / 24))
+    chosen = policy("hiprune++", keep=1 / 3, object_layer=int(layer or round(layers * 9 / 24)))
     async with Client(pruner=ADDRESS, key=os.environ.get("HIPRUNE_KEY", "")) as client:
         pruned = await client.prune_tokens(
             encode(clip, name, path), policy=chosen, text_vector=read(clip, name, question)
@@ -60,6 +62,6 @@ async def main(name: str, path: str, question: str) -> None:
 
 
 try:
-    asyncio.run(main(*sys.argv[1:4]))
+    asyncio.run(main(*sys.argv[1:5]))
 except HipruneError as error:
     sys.exit(f"{type(error).__name__}: {error}")

@@ -184,11 +184,8 @@ def save(llava: LlavaForConditionalGeneration, clip: CLIPModel, folder: Path) ->
     """Writes `llava/` and `clip/` in half precision, as Hugging Face lays models out, 15 MB a file."""
     pixels, text = image_processor(), tokenizer()
     for name, model in (("llava", llava), ("clip", clip)):
-        half = {key: value.to(torch.float16) for key, value in model.state_dict().items()}
-        # tied: the head is the embedding
-        half.pop("lm_head.weight", None)
-        model.config.dtype = torch.float16
-        model.save_pretrained(folder / name, state_dict=half, max_shard_size="15MB")
+        # its own type goes into the config too; the head is tied to the embedding, and not written twice
+        model.half().save_pretrained(folder / name, max_shard_size="15MB")
         text.save_pretrained(folder / name)
     processor = LlavaProcessor(
         image_processor=pixels,

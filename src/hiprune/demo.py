@@ -109,7 +109,7 @@ def _table(title: str) -> Table:
     table = Table(
         title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for heading, width in (("method", 10), ("answer", 10), ("tokens", 8), ("cache", 8)):
+    for heading, width in (("method", 9), ("answer", 13), ("tokens", 7), ("cache", 7)):
         table.add_column(heading, width=width, no_wrap=True)
     for heading in ("encode", "select", "prefill", "first", "total"):
         table.add_column(heading, width=max(5, len(heading)) + 1, justify="right", no_wrap=True)

@@ -115,7 +115,7 @@ CASES = {
     "unknown buffer": (with_policy(buffer=77), *INVALID, "policy.buffer"),
     "unknown text budget": (with_policy(text_budget=7), *INVALID, "policy.text_budget"),
     "layer 0": (with_policy(object_layer=0), *INVALID, "policy.object_layer"),
-    "layer behind the features": (with_policy(object_layer=8), *INVALID, "policy.object_layer"),
+    "layer behind the features": (with_policy(object_layer=12), *INVALID, "policy.object_layer"),
     # sampling
     "max_tokens 0": (with_sampling(max_tokens=0), *INVALID, "sampling.max_tokens"),
     "max_tokens beyond": (
@@ -182,7 +182,7 @@ CASES = {
         "messages[0].parts[1].text",
     ),
     "longer than the context": (
-        ask_about(picture("scene00.png"), "shape " * 600),
+        ask_about(picture("scene00.png"), "shape " * 2100),
         "INVALID_ARGUMENT",
         None,
         "messages",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hiprune
 from hiprune.stack import Stack
-from tests.stacks import SAMPLES, picture, questions
+from tests.stacks import FACTS, SAMPLES, picture, questions
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "python"
@@ -85,7 +85,8 @@ async def test_tokens_of_an_encoder_of_ones_own_are_pruned_as_the_services_prune
             policy=hiprune.policy("hiprune++", keep=1 / 3),
             question=SAMPLE["question"],
         )
-    first, second = example(stack, "prune_tokens.py", CLIP, IMAGE, SAMPLE["question"])
+    layer = str(FACTS.object_layer)
+    first, second = example(stack, "prune_tokens.py", CLIP, IMAGE, SAMPLE["question"], layer)
     assert first == f"{ours.tokens_before} tokens became {ours.tokens_kept}: {ours.views[0].counts}"
     rows = [int(number) for number in re.findall(r"\d+", second.partition("rows")[2])]
     assert rows == list(ours.views[0].kept_indices)[: len(rows)]

@@ -334,7 +334,7 @@ async def test_max_tokens_ends_an_answer_and_says_length(tiny):
 
 
 async def test_the_context_ends_an_answer_and_says_length(tmp_path):
-    path = make_llava(tmp_path / "model", seed=1, context=24)
+    path = make_llava(tmp_path / "model", seed=0, context=24)
     model = await started(path)
     ended = await completion(model, [user("hello there , what do you see ?")], [], Sampling(max_tokens=100))
     assert ended.usage.prompt_tokens + ended.usage.completion_tokens == 24

@@ -583,14 +583,14 @@ async def test_a_view_has_no_more_layers_than_a_tower_may(alone):
 async def test_a_question_of_more_chunks_than_are_read_is_refused_before_anything_is_encoded(
     encoder, pruner, alone, digest
 ):
-    long, longer = "red " * 16 * 46, "red " * (16 * 46 + 1)
+    long, longer = "red " * 16 * 75, "red " * (16 * 75 + 1)
     policy = pb.PrunePolicy(method=METHODS["HIPRUNE_PLUS_PLUS"], keep_count=20)
     ask = pb.PruneImageRequest(media=media_pb2.Media(image=b"long"), policy=policy, question=longer)
     tokens = plus_plus(view(aligned=half(np.ones((16, A)))), question=longer, vision_digest=digest)
     for refused in (pruner.PruneImage(ask), alone.PruneTokens(tokens)):
         error = await error_of(refused)
         assert (type(error), error.reason, error.field) == (*LIMIT, "question")
-        assert "17 chunks of 46 tokens of text, expected at most 16" in error.message
+        assert "17 chunks of 75 tokens of text, expected at most 16" in error.message
     assert not encoder.calls
     ask.question = long
     assert (await pruner.PruneImage(ask)).media.summary.text_model

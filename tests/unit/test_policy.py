@@ -279,5 +279,5 @@ def test_a_share_is_told_from_its_neighbour_in_the_last_bit():
 
 def test_the_embedded_models_defaults_come_from_its_own_facts(model):
     policy = resolve(pb.PrunePolicy(), open_checkpoint(str(model)).facts)
-    assert (policy.object_layer, policy.deep_layer) == (3, 7)
-    assert policy.keep_per_view([196]) == [65]
+    assert (policy.object_layer, policy.deep_layer) == (9, 11)
+    assert policy.keep_per_view([576]) == [192]
