@@ -20,7 +20,7 @@ from tools import browser as chromium
 IMAGES: Final = Path(__file__).resolve().parent.parent / "docs" / "images"
 SAMPLE: Final = 3
 """Which of the pictures that the page offers, from 0."""
-_SIZE: Final = {"width": 1280, "height": 940}
+_SIZE: Final = {"width": 1280, "height": 1020}
 
 
 def main() -> None:
