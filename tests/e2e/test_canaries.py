@@ -50,14 +50,14 @@ CACHE_SECRET = "canarycachesecret0123456789"
 REDIS_PASSWORD = "canaryredispassword"
 OTLP_HEADER = "canaryotlpheader"
 ASKED = "canaryquestion"
-QUESTION = f"which shape is blue ? {ASKED}"
+QUESTION = f"what shape is orange ? {ASKED}"
 IN_PICTURE = "canaryinthepicture"
 PLUS_PLUS = pb.PrunePolicy(method=pb.METHOD_HIPRUNE_PLUS_PLUS)
 
 
 def tagged_picture() -> bytes:
     """A sample with canaries wherever a PNG has room for words: text, compressed text, EXIF."""
-    with Image.open(SAMPLES / "scene00.png") as image:
+    with Image.open(SAMPLES / "scene06.png") as image:
         words = PngImagePlugin.PngInfo()
         words.add_text("Comment", IN_PICTURE)
         words.add_text(IN_PICTURE, "as a keyword")
@@ -220,7 +220,8 @@ async def test_bad_input_of_many_kinds_is_refused(house):
     await house.ask(image=noise)
     await house.ask(question=long)
     await house.ask(question=f"{QUESTION} <image>")
-    await house.ask(question=f"{ASKED} " * 900)  # fits the limit and not the context
+    plain = pb.PrunePolicy(method=pb.METHOD_HIPRUNE)
+    await house.ask(question=f"{ASKED} " * 2000, policy=plain)  # fits the limit and not the context
     await house.ask(policy=pb.PrunePolicy(keep_ratio=7))
     await house.ask(policy=pb.PrunePolicy(object_layer=99))
     await house.ask(model="another-model")
