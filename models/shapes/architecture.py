@@ -181,7 +181,7 @@ def image_processor() -> CLIPImageProcessor:
 
 
 def save(llava: LlavaForConditionalGeneration, clip: CLIPModel, folder: Path) -> None:
-    """Writes `llava/` and `clip/` in half precision, as Hugging Face lays models out, 15 MB a file."""
+    """Writes `llava/` and `clip/` as Hugging Face lays models out, 15 MB a file; both are then halves."""
     pixels, text = image_processor(), tokenizer()
     for name, model in (("llava", llava), ("clip", clip)):
         # its own type goes into the config too; the head is tied to the embedding, and not written twice

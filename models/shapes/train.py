@@ -235,8 +235,7 @@ def every_feature(learner: Learner, seed: int, device: torch.device) -> torch.Te
     made = []
     for number in range(4):
         batch = Batches(seed, 16, 1)[number].to(device)
-        every = torch.arange(batch.owners.shape[1], device=device).expand(len(batch.owners), -1)
-        made.append(learner.see(batch, every)[0].flatten(0, 1).float())
+        made.append(learner.see(batch, _every_patch(batch))[0].flatten(0, 1).float())
     return torch.cat(made)
 
 
@@ -246,8 +245,8 @@ def look(learner: Learner, batches: list[Batch], device: torch.device) -> dict[s
     learner.eval()
     right: dict[str, list[bool]] = {each: [] for each in TYPES}
     for batch in batches:
-        every = torch.arange(batch.owners.shape[1], device=device).expand(len(batch.owners), -1)
         here = batch.to(device)
+        every = _every_patch(here)
         with torch.autocast(device.type, torch.bfloat16):
             features, _ = learner.see(here, every)
             reading = learner.read(here, features, every)
@@ -306,6 +305,11 @@ class _Numbers(Sampler[int]):
 
     def __len__(self) -> int:
         return len(self._numbers)
+
+
+def _every_patch(batch: Batch) -> torch.Tensor:
+    """Indices (B, N) that leave none out."""
+    return torch.arange(batch.owners.shape[1], device=batch.owners.device).expand(len(batch.owners), -1)
 
 
 def _shown(accuracies: dict[str, float]) -> str:

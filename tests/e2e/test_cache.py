@@ -84,6 +84,7 @@ async def test_a_cached_answer_equals_a_computed_one(client):
 async def test_redis_lost_in_the_middle_costs_time_and_no_answer(how):
     # of a picture each: what is on its way to a Redis that does not take it can still be read here
     samples = one_of_each_picture()[:4]
+    assert len({sample["image"] for sample in samples}) == 4
     with Stack() as stack:
         async with Client(stack.address) as client:
             before = []

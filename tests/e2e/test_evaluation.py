@@ -131,7 +131,7 @@ async def test_the_layer_that_is_suggested_meets_objects_nearly_as_well_as_the_b
     iou = {layer: np.mean([each[layer] for each in met]) for layer in range(1, deep)}
     suggested = layer_choice.suggest(layer_choice.profiles(views), deep)
     assert iou[suggested] >= 0.9 * max(iou.values()), iou
-    assert sum(each >= 0.9 * iou[suggested] for each in iou.values()) <= len(iou) / 2, iou  # not any will do
+    assert sum(each >= 0.9 * iou[suggested] for each in iou.values()) <= 4, iou  # not any will do
 
 
 def test_the_command_suggests_a_layer_from_a_folder_of_pictures(checkpoint):

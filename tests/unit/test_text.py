@@ -70,7 +70,7 @@ def test_different_questions_are_different_vectors(encoder):
 
 
 def test_a_question_longer_than_the_positions_is_read_to_its_end(encoder, reference):
-    long = "what color is the circle " * 50  # 48 positions, 46 tokens a chunk
+    long = "what color is the circle " * 50  # 77 positions, 75 tokens a chunk
     red, blue = encoder.encode(long + "red"), encoder.encode(long + "blue")
     assert float((red - blue).norm()) > 1e-3
     torch.testing.assert_close(red.norm(), torch.tensor(1.0))
