@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from models.shapes import architecture, scenes
 from models.shapes.architecture import ASSISTANT, BOS, EOS, MEAN, PAD, STD, USER
-from models.shapes.questions import Phrase, caption, phrases, questions
+from models.shapes.questions import TYPES, Phrase, caption, phrases, questions
 from models.shapes.scenes import COLOURS, GRID, KINDS, MOST_THINGS, SIDE, SIZES
 
 IGNORED: Final = -100
@@ -44,6 +44,7 @@ class Batch:
     labels: torch.Tensor  # (B, S) int64: the token that comes next, where it is of an answer; else IGNORED
     phrase_ends: torch.Tensor  # (B, P) int64: the place among `ids` where a phrase ends; -1 is padding
     phrase_fits: torch.Tensor  # (B, P, T + 1) bool, by owner: what the phrase fits
+    phrase_befores: torch.Tensor  # (B, P) int64: which phrase of the same question it is compared with, or -1
     types: list[list[str]] = field(default_factory=list)  # of each picture's questions
 
     def to(self, device: torch.device) -> Self:
@@ -57,22 +58,30 @@ class Batch:
 
 
 class Batches(Dataset[Batch]):
-    """Batch number n of a seed."""
+    """Batch number n of a seed, with questions of such types in turn."""
 
-    def __init__(self, seed: int, size: int, questions_each: int) -> None:
-        self.seed, self.size, self.questions_each = seed, size, questions_each
+    def __init__(self, seed: int, size: int, questions_each: int, types: tuple[str, ...] = TYPES) -> None:
+        self.seed, self.size, self.questions_each, self.types = seed, size, questions_each, types
         self._tokenizer: PreTrainedTokenizerFast | None = None
 
     def __getitem__(self, number: int) -> Batch:
         if self._tokenizer is None:
             self._tokenizer = architecture.tokenizer()
-        return make(self._tokenizer, self.seed, number, self.size, self.questions_each)
+        return make(self._tokenizer, self.seed, number, self.size, self.questions_each, self.types)
 
 
-def make(tokenizer: PreTrainedTokenizerFast, seed: int, number: int, size: int, questions_each: int) -> Batch:
-    """`size` pictures with up to `questions_each` questions of all types."""
+def make(
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    number: int,
+    size: int,
+    questions_each: int,
+    types: tuple[str, ...] = TYPES,
+) -> Batch:
+    """`size` pictures with up to `questions_each` questions of such types in turn."""
     rows = [
-        _row(tokenizer, scenes.scene(seed, number * size + order), questions_each) for order in range(size)
+        _row(tokenizer, scenes.scene(seed, number * size + order), questions_each, types)
+        for order in range(size)
     ]
     most = max(len(row.types) for row in rows)
     return Batch(
@@ -94,6 +103,7 @@ def make(tokenizer: PreTrainedTokenizerFast, seed: int, number: int, size: int, 
         labels=_padded([row.labels for row in rows], IGNORED),
         phrase_ends=_padded([row.phrase_ends for row in rows], -1),
         phrase_fits=_same_height([_fits([each.fits for each in row.phrases]) for row in rows]),
+        phrase_befores=_padded([row.phrase_befores for row in rows], -1),
         types=[row.types for row in rows],
     )
 
@@ -117,13 +127,16 @@ class _Row:
     types: list[str] = field(default_factory=list)
     phrases: list[Phrase] = field(default_factory=list)
     phrase_ends: list[int] = field(default_factory=list)
+    phrase_befores: list[int] = field(default_factory=list)
 
 
-def _row(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, questions_each: int) -> _Row:
+def _row(
+    tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, questions_each: int, types: tuple[str, ...]
+) -> _Row:
     draw = np.random.default_rng([*scene.number, 2])
     picture, pixel_owners = scenes.render(scene)
     owners = torch.from_numpy(scenes.patch_owners(pixel_owners).reshape(GRID * GRID))
-    asked = questions(scene, questions_each, draw)
+    asked = questions(scene, questions_each, draw, types)
     row = _Row(
         pixels=(torch.from_numpy(picture).permute(2, 0, 1) / 255 - MEAN[0]) / STD[0],
         owners=owners,
@@ -141,6 +154,8 @@ def _row(tokenizer: PreTrainedTokenizerFast, scene: scenes.Scene, questions_each
         question, answer = _ids(tokenizer, each.text), _ids(tokenizer, each.answer)[1:]
         tokens = [*question[1:], ASSISTANT, *answer, EOS]
         found = phrases(scene, each.text)
+        compared = each.type == "relation"
+        row.phrase_befores += [len(row.phrases) if compared and order else -1 for order in range(len(found))]
         row.phrases += found
         row.phrase_ends += [len(row.ids) + phrase.end for phrase in found]  # a word is a token
         row.ids += tokens

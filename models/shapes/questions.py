@@ -43,9 +43,11 @@ def question(scene: Scene, kind: str, draw: np.random.Generator) -> Question | N
     return _MAKERS[kind](scene, draw)
 
 
-def questions(scene: Scene, number: int, draw: np.random.Generator) -> list[Question]:
-    """Questions of every type in turn; fewer where the scene allows fewer."""
-    made = (question(scene, TYPES[order % len(TYPES)], draw) for order in range(number))
+def questions(
+    scene: Scene, number: int, draw: np.random.Generator, types: tuple[str, ...] = TYPES
+) -> list[Question]:
+    """Questions of such types in turn; fewer where the scene allows fewer."""
+    made = (question(scene, types[order % len(types)], draw) for order in range(number))
     return [each for each in made if each is not None]
 
 

@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,13 +31,17 @@ LOOK_EVERY: Final = 100
 WARM_UP: Final = 100
 MORE_QUESTIONS: Final = 2
 """How many times as many questions a picture when the language model learns alone: they cost little then."""
+LATE_RATE: Final = 0.4
+"""Factor on the learning rate from the language model's third round on: it refines."""
+HARD_TYPES: Final = (*TYPES, "count", "relation")
+"""What is asked from the language model's second round on: more of what it is slow to learn."""
 
 TOWER_ALONE: Final = 0.26
 """Share of the tower's steps in which it learns alone: before, it has nothing to tell a language model."""
 ALL_SEEN: Final = 0.93
 """Share of the tower's steps after which it sees every patch, as it will in service."""
 FEW_READ: Final = 0.7
-"""Share of the language model's steps in which it reads a third of the tokens at most."""
+"""Share of the language model's first round in which it reads a third of the tokens at most."""
 
 
 def main() -> None:
@@ -89,7 +93,8 @@ def train(
     device: torch.device,
 ) -> None:
     """Steps `first` to the last, or to the end of the sitting."""
-    total = options.steps + options.language_steps
+    rounds = (options.steps, *options.language_steps)
+    total = sum(rounds)
     held_out = [Batches(HELD_OUT, 32, 14)[number] for number in range(options.look)]
     began = saved = time.monotonic()
     log = (run / "log.jsonl").open("a", encoding="utf-8")
@@ -102,10 +107,11 @@ def train(
                 torch.manual_seed(options.seed)
                 learner.start_reading(every_feature(learner, options.seed, device))
                 optimizers[:] = make_optimizers(learner, options.learning_rate)
-            rate = options.learning_rate * schedule(step, options.steps, options.language_steps)
+            number, within = round_of(step, rounds)
+            rate = options.learning_rate * schedule(within, rounds[number]) * (LATE_RATE if number > 2 else 1)
             for group in (group for each in optimizers for group in each.param_groups):
                 group["lr"] = rate
-            through = step / options.steps, (step - options.steps) / max(1, options.language_steps)
+            through = number + within / rounds[number]
             losses = one_step(learner, optimizers, batch, through, options.seed + step, device)
             done = step + 1
             line: dict[str, Any] = {"step": done, "seconds": round(time.monotonic() - began, 1)} | losses
@@ -126,51 +132,58 @@ def train(
 
 def steps_from(first: int, options: argparse.Namespace, device: torch.device) -> Iterator[tuple[int, Batch]]:
     """Number and batch of each step from `first` on: those of the tower, then those of the language model."""
-    last = options.steps + options.language_steps
-    for begin, end, questions in (
-        (0, options.steps, options.questions),
-        (options.steps, last, MORE_QUESTIONS * options.questions),
-    ):
-        numbers = range(max(first, begin), end)
+    begin = 0
+    for number, steps in enumerate((options.steps, *options.language_steps)):
+        numbers = range(max(first, begin), begin + steps)
+        questions = options.questions if number == 0 else MORE_QUESTIONS * options.questions
         loader = DataLoader(
-            Batches(options.seed, options.batch, questions),
+            Batches(options.seed, options.batch, questions, TYPES if number < 2 else HARD_TYPES),
             batch_size=None,
             sampler=_Numbers(numbers),
             num_workers=options.workers,
             pin_memory=device.type == "cuda",
         )
         yield from zip(numbers, loader, strict=True)
+        begin += steps
+
+
+def round_of(step: int, rounds: Sequence[int]) -> tuple[int, int]:
+    """Which round a step falls in, from 0, the tower's, and which step of that round it is."""
+    number = 0
+    while step >= rounds[number]:
+        step -= rounds[number]
+        number += 1
+    return number, step
 
 
 def one_step(
     learner: Learner,
     optimizers: list[torch.optim.Optimizer],
     batch: Batch,
-    through: tuple[float, float],
+    through: float,
     seed: int,
     device: torch.device,
 ) -> dict[str, float]:
     """One step. Losses by name, the weighted sum as `all`.
 
-    `through` are the shares that are done of the tower's steps, and of the language model's after them, in
-    which the tower stays as it is.
+    `through` is how many rounds are done: below 1 the tower learns, from then on it stays as it is and the
+    language model learns alone.
     """
     learner.train()
-    tower, language = through
     draw = torch.Generator().manual_seed(seed)
-    thinning = draw_thinning(tower, language, draw)
+    thinning = draw_thinning(through, draw)
     kept = things_whole(batch.owners, thinning.seen, draw)
     read = thinned(batch.owners.gather(1, kept), thinning.read, draw)
     owners = batch.owners.gather(1, kept).gather(1, read).to(device)
     kept, read, batch = kept.to(device), read.to(device), batch.to(device)
     with torch.autocast(device.type, torch.bfloat16):
-        with torch.set_grad_enabled(tower < 1):
+        with torch.set_grad_enabled(through < 1):
             features, picture = learner.see(batch, kept)
-        losses = learner.vision_losses(batch, kept, features, picture) if tower < 1 else {}
-        if tower >= TOWER_ALONE:
+        losses = learner.vision_losses(batch, kept, features, picture) if through < 1 else {}
+        if through >= TOWER_ALONE:
             reading = learner.read(batch, features, read)
             losses["answer"] = nn.functional.cross_entropy(reading.logits.float(), reading.labels)
-        if tower >= 1:
+        if through >= 1:
             losses |= learner.lessons(batch, owners, reading)
     total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
     total.backward()
@@ -201,29 +214,24 @@ WEIGHTS: Final = {
     "named kind": 0.5,
     "named colour": 0.2,
     "named size": 0.2,
-    "number": 0.5,
+    "number": 1.0,
+    "apart": 3.0,
 }
 
 
-def draw_thinning(tower: float, language: float, draw: torch.Generator) -> Thinning:
-    """How many tokens the step works with that comes after such shares of both models' steps."""
+def draw_thinning(through: float, draw: torch.Generator) -> Thinning:
+    """How many tokens the step works with that comes after so many rounds."""
     one, other, third = torch.rand(3, generator=draw).tolist()
-    if tower >= 1:
+    if through >= 1:
         # the fewer tokens, the faster: most of what is to be learned is learned from few
-        late = language >= FEW_READ
+        late = through >= 1 + FEW_READ
         return Thinning(1.0, 1.0 if late and third < 0.3 else 0.06 + (0.6 if late else 0.3) * other * other)
-    seen = 1.0 if tower >= ALL_SEEN else 0.25 + 0.2 * one
+    seen = 1.0 if through >= ALL_SEEN else 0.25 + 0.2 * one
     return Thinning(seen, 1.0 if third < 0.25 else 0.08 + 0.92 * other * other)
 
 
-def schedule(step: int, tower_steps: int, language_steps: int = 0) -> float:
-    """Factor on the learning rate: up in WARM_UP steps, level, then down to nothing over the last 40 %.
-
-    Once for the tower's steps, and once more for those of the language model.
-    """
-    steps = tower_steps
-    if step >= tower_steps:
-        step, steps = step - tower_steps, language_steps
+def schedule(step: int, steps: int) -> float:
+    """Factor on the learning rate in a round's step: up in WARM_UP steps, level, down over the last 40 %."""
     up = min(1.0, (step + 1) / WARM_UP)
     left = (steps - step) / steps
     return up * min(1.0, 0.5 * (1 - math.cos(math.pi * min(1.0, left / 0.4))))
@@ -324,7 +332,11 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=1500, help="in which the tower learns")
     parser.add_argument(
-        "--language-steps", type=int, default=1800, help="after them, of the language model alone"
+        "--language-steps",
+        type=int,
+        nargs="+",
+        default=[1800, 2000, 450],
+        help="after them, of the language model alone: rounds, in each of which the rate rises and falls",
     )
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")
     parser.add_argument("--questions", type=int, default=14, help="questions a picture")

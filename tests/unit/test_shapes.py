@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from models.shapes import architecture, scenes
@@ -10,7 +11,7 @@ from models.shapes.batches import IGNORED, make
 from models.shapes.learner import first_of_things, things_whole, thinned
 from models.shapes.questions import TYPES, Phrase, phrases, place, questions
 from models.shapes.scenes import COLOURS, GRID, SIDE, Scene, Thing, render, scene
-from models.shapes.train import make_learner
+from models.shapes.train import WARM_UP, make_learner, round_of, schedule
 
 MANY = [scene(7, number) for number in range(60)]
 
@@ -132,7 +133,7 @@ def test_a_batch_labels_the_answer_that_follows():
             assert words.decode(labels[labels != IGNORED]) == f"{each.answer} </s>"
 
 
-def test_thinning_keeps_a_share_in_order_and_its_taste_for_things_varies():
+def test_thinning_keeps_a_share_in_order_with_a_token_of_each_thing_and_its_taste_for_things_varies():
     owners = torch.from_numpy(np.stack([scenes.patch_owners(render(each)[1]).ravel() for each in MANY[:40]]))
     kept = thinned(owners, 0.25, torch.Generator().manual_seed(0))
     assert kept.shape == (40, 144)
@@ -140,6 +141,9 @@ def test_thinning_keeps_a_share_in_order_and_its_taste_for_things_varies():
     share = (owners.gather(1, kept) > 0).float().mean(1) / (owners > 0).float().mean(1)
     assert share.min() < 0.5
     assert share.max() > 2
+    fewest = owners.gather(1, thinned(owners, 0.02, torch.Generator().manual_seed(0)))
+    for there, read in zip(owners, fewest, strict=True):
+        assert set(read.tolist()) - {0} == set(there.tolist()) - {0}
 
 
 def test_what_the_tower_sees_in_training_leaves_no_patch_of_a_thing_out():
@@ -211,6 +215,32 @@ def test_a_batch_says_where_its_phrases_end_and_what_they_fit():
             if end >= 0
         ]
         assert found == expected
+
+
+def test_a_phrase_is_compared_with_the_one_before_it_in_a_question_of_relations_alone():
+    words = architecture.tokenizer()
+    batch = make(words, 7, 0, 4, 14)
+    compared = 0
+    for picture in range(4):
+        order = 0
+        for question in questions(MANY[picture], 14, np.random.default_rng([7, picture, 2])):
+            found = phrases(MANY[picture], question.text)
+            befores = batch.phrase_befores[picture, order : order + len(found)].tolist()
+            assert befores == ([-1, order] if question.type == "relation" else [-1] * len(found)), question
+            compared += question.type == "relation"
+            order += len(found)
+        assert (batch.phrase_befores[picture, order:] == -1).all()
+    assert compared
+
+
+def test_rounds_follow_each_other_and_each_has_its_own_rise_and_fall():
+    rounds = (300, 0, 200)
+    assert [round_of(step, rounds) for step in (0, 299, 300, 499)] == [(0, 0), (0, 299), (2, 0), (2, 199)]
+    rates = [schedule(step, 300) for step in range(300)]
+    assert rates[0] == pytest.approx(1 / WARM_UP)
+    assert max(rates) == 1 == rates[WARM_UP] == rates[179]
+    assert rates[-1] < 1e-3
+    assert rates[179:] == sorted(rates[179:], reverse=True)
 
 
 def test_a_token_begins_a_thing_where_none_before_it_is_of_the_same():
