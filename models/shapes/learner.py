@@ -3,7 +3,7 @@
 The tower learns from what scenes know of their patches: which thing, what kind, colour and size, where its
 middle is; and from words, as CLIP does, but patch by patch, so that a question finds its patches. The
 language model learns from answers, and, once it learns alone, from what an answer is made of: what the
-phrases of a question speak of, and which tokens begin a thing. The heads that ask for all this but answers
+phrases of a question speak of, and how many things there are. The heads that ask for all this but answers
 are thrown away.
 
 Tokens are thinned in training. Patches before the tower, to save time: of the background, since a shape of
@@ -62,7 +62,8 @@ class Learner(nn.Module):
         self.mask = nn.Linear(WIDTH, PATCH * PATCH)
         self.named = nn.Linear(LANGUAGE_WIDTH, 2 + len(KINDS) + len(COLOURS) + len(SIZES))
         self.number = nn.Linear(LANGUAGE_WIDTH, MOST_THINGS + 1)
-        self.begins = nn.Linear(LANGUAGE_WIDTH, 1)
+        self.mark = nn.Linear(LANGUAGE_WIDTH, 1)
+        nn.init.constant_(self.mark.bias, -3)  # few tokens are marked
         self.apart = nn.Linear(LANGUAGE_WIDTH, 2)
         self.register_buffer("centre", torch.zeros(WIDTH))
         self.register_buffer("whitener", torch.eye(WIDTH))
@@ -147,13 +148,12 @@ class Learner(nn.Module):
     def lessons(self, batch: Batch, owners: torch.Tensor, reading: Reading) -> dict[str, torch.Tensor]:
         """Losses of what answers are made of; `owners` (B, K) of the tokens read.
 
-        After the second layer, which tokens begin a thing, and what a phrase that fits one thing speaks of;
+        After the second layer, a token of each thing is marked, and a phrase that fits one thing knows which;
         after the third, how many things a phrase fits, and how far apart two things are that a question
         compares. The fourth is left for the answer.
         """
         second, third = 2, 3
-        thing = owners > 0
-        begins = self.begins(_normal(reading.images[second]))[..., 0][thing].float()
+        marks = self.mark(_normal(reading.images[second]))[..., 0].float()
         wanted = batch.phrase_ends >= 0
         fits = batch.phrase_fits[wanted]  # (F, T + 1)
         rows = wanted.nonzero()[:, 0]
@@ -169,7 +169,7 @@ class Learner(nn.Module):
         gone = batch.middles[order, only[order, earlier]] - batch.middles[order, only[order, later]]
         compared = reading.texts[third][order, batch.phrase_ends[order, later]]
         return {
-            "begins": F.binary_cross_entropy_with_logits(begins, first_of_things(owners)[thing].float()),
+            "marked": unlikely_once(marks, owners),
             "named middle": F.smooth_l1_loss(middle, batch.middles[at], beta=0.05),
             "named kind": F.cross_entropy(kind, batch.kinds[at] - 1),
             "named colour": F.cross_entropy(colour, batch.colours[at] - 1),
@@ -299,10 +299,19 @@ def _normal(hidden: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(hidden, hidden.shape[-1:])
 
 
-def first_of_things(owners: torch.Tensor) -> torch.Tensor:
-    """Which tokens (B, K) are the first of their thing, by owners (B, K)."""
-    same = owners[:, :, None] == owners[:, None, :]  # (B, K, K)
-    return (owners > 0) & ~same.tril(-1).any(-1)
+def unlikely_once(marks: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
+    """Minus the logarithm of the chance that of each thing one token is marked and of the background none, a
+    thing; by logits (B, K) that a token is, and by owners (B, K).
+
+    Which of a thing's tokens it is stays open: some patches show so little of it that none can say whether
+    they are of it, and a rule such as "the first" hangs on them.
+    """
+    of = owners[..., None] == torch.arange(MOST_THINGS + 1, device=owners.device)  # (B, K, T + 1)
+    none = (F.logsigmoid(-marks)[..., None] * of).sum(1)  # (B, T + 1)
+    any_one = marks[..., None].masked_fill(~of, -1e4).logsumexp(1)  # by odds: with `none`, one and no other
+    there = of.any(1)
+    there[:, 0] = False
+    return -((none + any_one)[there].sum() + none[:, 0].sum()) / there.sum()
 
 
 def _highest(scores: torch.Tensor, share: float) -> torch.Tensor:

@@ -209,7 +209,7 @@ WEIGHTS: Final = {
     "found": 0.15,
     "contrast": 0.1,
     "answer": 1.0,
-    "begins": 0.5,
+    "marked": 0.3,
     "named middle": 3.0,
     "named kind": 0.5,
     "named colour": 0.2,
@@ -335,7 +335,7 @@ def _options() -> argparse.Namespace:
         "--language-steps",
         type=int,
         nargs="+",
-        default=[1800, 2000, 450],
+        default=[1800, 2000, 1000],
         help="after them, of the language model alone: rounds, in each of which the rate rises and falls",
     )
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")

@@ -8,7 +8,7 @@ import torch
 
 from models.shapes import architecture, scenes
 from models.shapes.batches import IGNORED, make
-from models.shapes.learner import first_of_things, things_whole, thinned
+from models.shapes.learner import things_whole, thinned, unlikely_once
 from models.shapes.questions import TYPES, Phrase, phrases, place, questions
 from models.shapes.scenes import COLOURS, GRID, SIDE, Scene, Thing, render, scene
 from models.shapes.train import WARM_UP, make_learner, round_of, schedule
@@ -243,10 +243,23 @@ def test_rounds_follow_each_other_and_each_has_its_own_rise_and_fall():
     assert rates[179:] == sorted(rates[179:], reverse=True)
 
 
-def test_a_token_begins_a_thing_where_none_before_it_is_of_the_same():
+def test_of_each_thing_any_one_token_may_be_marked_and_of_the_background_none():
     owners = torch.tensor([[0, 2, 2, 1, 0, 1, 2], [0, 0, 3, 3, 3, 3, 4]])
-    begins = torch.tensor([[0, 1, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 1]], dtype=torch.bool)
-    assert torch.equal(first_of_things(owners), begins)
+
+    def unlikely(*marked: list[int]) -> float:
+        marks = torch.full(owners.shape, -20.0)
+        for row, places in zip(marks, marked, strict=True):
+            row[places] = 20.0
+        return float(unlikely_once(marks, owners))
+
+    for right in ([1, 3], [2, 3], [6, 5]):
+        assert unlikely(right, [4, 6]) < 1e-6
+    # four things, and one logarithm of e^-20 for each mistake
+    for wrong in ([[1, 2, 3], [4, 6]], [[1], [4, 6]], [[0, 1, 3], [4, 6]]):
+        assert unlikely(*wrong) == pytest.approx(20 / 4, rel=0.1), wrong
+    # by hand: one of two tokens marked, each with chance 1/2, and one of the background
+    even = unlikely_once(torch.zeros(1, 3), torch.tensor([[0, 1, 1]]))
+    assert float(even) == pytest.approx(-np.log(0.5) - np.log(0.5))
 
 
 def test_the_projector_begins_with_even_features_and_takes_them_as_they_are_once_folded():
