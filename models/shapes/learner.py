@@ -161,11 +161,11 @@ class Learner(nn.Module):
         one = fits.sum(-1) == 1
         named = self.named(_normal(reading.texts[second][rows[one], ends[one]])).float()
         middle, kind, colour, size = named.split([2, len(KINDS), len(COLOURS), len(SIZES)], dim=-1)
-        at = rows[one], fits[one].int().argmax(-1)
+        only = batch.phrase_fits.int().argmax(-1)  # (B, P): of a phrase that fits one thing, which
+        at = rows[one], only[wanted][one]
         numbers = self.number(_normal(reading.texts[third][rows, ends])).float()
         order, later = (batch.phrase_befores >= 0).nonzero(as_tuple=True)  # (R), (R): picture, phrase
         earlier = batch.phrase_befores[order, later]
-        only = batch.phrase_fits.int().argmax(-1)  # (B, P): what is compared fits one thing
         gone = batch.middles[order, only[order, earlier]] - batch.middles[order, only[order, later]]
         compared = reading.texts[third][order, batch.phrase_ends[order, later]]
         return {
