@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +12,8 @@ import numpy as np
 from models.shapes.scenes import COLOURS, KINDS, SIDE, SIZES, Scene, Thing
 
 TYPES: Final = ("colour", "shape", "size", "count", "exist", "relation", "where")
+SEVERAL: Final = "several"
+"""Questions of the type count of which the answer is more than one and less than all, for training alone."""
 
 _APART: Final = 28.0
 """Least pixels by which one thing is left of, or above, another for a question to ask."""
@@ -147,6 +149,19 @@ def _count(scene: Scene, draw: np.random.Generator) -> Question:
     return Question("count", f"how many {plural(kind)} are there ?", str(len(about)), about)
 
 
+def _several(scene: Scene, draw: np.random.Generator) -> Question | None:
+    """Counts of which the answer is more than one and less than all: seldom asked by `_count`, and hard."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for order, each in enumerate(scene.things):
+        groups[f"{each.colour} shapes"].append(order)
+        groups[plural(each.kind)].append(order)
+    able = [(words, about) for words, about in groups.items() if 1 < len(about) < len(scene.things)]
+    if not able:
+        return None
+    words, about = able[int(draw.integers(len(able)))]
+    return Question("count", f"how many {words} are there ?", str(len(about)), tuple(about))
+
+
 def _exist(scene: Scene, draw: np.random.Generator) -> Question:
     text = _pick(draw, "is there a {} {} ?", "do you see a {} {} ?")
     there = {(each.colour, each.kind) for each in scene.things}
@@ -240,6 +255,7 @@ _MAKERS: Final = {
     "shape": _shape,
     "size": _size,
     "count": _count,
+    SEVERAL: _several,
     "exist": _exist,
     "relation": _relation,
     "where": _where,

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Sampler
 from models.shapes import architecture
 from models.shapes.batches import HELD_OUT, IGNORED, Batch, Batches
 from models.shapes.learner import Learner, Thinning, phrase_texts, things_whole, thinned
-from models.shapes.questions import TYPES
+from models.shapes.questions import SEVERAL, TYPES
 
 SAVE_EVERY_S: Final = 600
 LOOK_EVERY: Final = 100
@@ -33,7 +33,7 @@ MORE_QUESTIONS: Final = 2
 """How many times as many questions a picture when the language model learns alone: they cost little then."""
 LATE_RATE: Final = 0.4
 """Factor on the learning rate from the language model's third round on: it refines."""
-HARD_TYPES: Final = (*TYPES, "count", "relation")
+HARD_TYPES: Final = (*TYPES, "count", "relation", SEVERAL)
 """What is asked from the language model's second round on: more of what it is slow to learn."""
 
 TOWER_ALONE: Final = 0.26
@@ -335,7 +335,7 @@ def _options() -> argparse.Namespace:
         "--language-steps",
         type=int,
         nargs="+",
-        default=[1800, 2000, 1000],
+        default=[1800, 2000, 2000, 1000],
         help="after them, of the language model alone: rounds, in each of which the rate rises and falls",
     )
     parser.add_argument("--batch", type=int, default=16, help="pictures a step")

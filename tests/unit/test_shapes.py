@@ -9,7 +9,7 @@ import torch
 from models.shapes import architecture, scenes
 from models.shapes.batches import IGNORED, make
 from models.shapes.learner import things_whole, thinned, unlikely_once
-from models.shapes.questions import TYPES, Phrase, phrases, place, questions
+from models.shapes.questions import SEVERAL, TYPES, Phrase, phrases, place, questions
 from models.shapes.scenes import COLOURS, GRID, SIDE, Scene, Thing, render, scene
 from models.shapes.train import WARM_UP, make_learner, round_of, schedule
 
@@ -73,6 +73,19 @@ def test_counts_are_counted():
             or thing.kind in words
         ]
         assert question.answer == str(len(wanted)) == str(len(question.about))
+
+
+def test_training_asks_for_counts_of_some_things_and_is_told_which():
+    answers = []
+    for number, each in enumerate(MANY):
+        for question in questions(each, 3, np.random.default_rng(number), (SEVERAL,)):
+            assert question.type == "count"
+            (phrase,) = phrases(each, question.text)
+            assert phrase.fits == question.about
+            assert question.answer == str(len(question.about))
+            answers.append(len(question.about))
+            assert 1 < len(question.about) < len(each.things)
+    assert set(answers) >= {2, 3}
 
 
 def test_exist_says_yes_of_what_is_there_alone_and_as_often_as_no():
