@@ -131,7 +131,7 @@ class House:
             "tenant's own secret": tenant_secret,
             "redis password": REDIS_PASSWORD,
             "otlp header": OTLP_HEADER,
-            "api key": self.key.rpartition("_")[2],
+            "api key": self.key.split("_", 2)[2],
             "question": ASKED,
             "picture's words": IN_PICTURE,
             "picture's digest": digest,
