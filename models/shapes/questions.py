@@ -143,10 +143,10 @@ def _count(scene: Scene, draw: np.random.Generator) -> Question:
     if way == 1:
         colour = _likely(draw, [each.colour for each in scene.things], list(COLOURS))
         about = tuple(order for order, each in enumerate(scene.things) if each.colour == colour)
-        return Question("count", f"how many {colour} shapes are there ?", str(len(about)), about)
+        return _how_many(f"{colour} shapes", about)
     kind = _likely(draw, [each.kind for each in scene.things], list(KINDS))
     about = tuple(order for order, each in enumerate(scene.things) if each.kind == kind)
-    return Question("count", f"how many {plural(kind)} are there ?", str(len(about)), about)
+    return _how_many(plural(kind), about)
 
 
 def _several(scene: Scene, draw: np.random.Generator) -> Question | None:
@@ -159,7 +159,11 @@ def _several(scene: Scene, draw: np.random.Generator) -> Question | None:
     if not able:
         return None
     words, about = able[int(draw.integers(len(able)))]
-    return Question("count", f"how many {words} are there ?", str(len(about)), tuple(about))
+    return _how_many(words, tuple(about))
+
+
+def _how_many(words: str, about: tuple[int, ...]) -> Question:
+    return Question("count", f"how many {words} are there ?", str(len(about)), about)
 
 
 def _exist(scene: Scene, draw: np.random.Generator) -> Question:
