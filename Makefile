@@ -75,15 +75,8 @@ tables: $(READY) ## refill the generated tables in services/*/README.md and docs
 k8s: $(READY) ## render deploy/k8s/rendered again, with kubectl 1.27 or newer
 	@$(BIN)/python tools/render_k8s.py
 
-BENCHMARKS := capture_overhead tower_scaling selection_cost encoder_load service_tax \
-	"service_tax --size 0.5b" time_to_first_token latency cache isolation gateway telemetry
-# what knows no device
-ifeq ($(findstring --device,$(ARGS)),)
-BENCHMARKS += shared_memory
-endif
-
 bench: $(READY) ## measure every claim in benchmarks/ in about 50 minutes; full_size apart, which wants 24 GB
-	@set -e; for each in $(BENCHMARKS); do echo "== $$each"; $(BIN)/python -m benchmarks.$$each $(ARGS); done
+	@$(BIN)/python -m benchmarks $(ARGS)
 
 bench-vllm: $(READY) $(VLLM_READY) ## vLLM against transformers, in about 8 minutes
 	@$(VLLM_BIN)/python -m benchmarks.engines $(ARGS)

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 from datetime import date
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2Config
 
+from benchmarks import __main__ as suite
 from benchmarks import (
     capture_overhead,
     checkpoints,
@@ -43,7 +45,7 @@ from tests.tiny import make_llava
 
 FOLDER = Path(report.__file__).parent
 MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
-BENCHMARKS = [name for name in MODULES if name not in {"checkpoints", "plots", "report"}]
+BENCHMARKS = [name for name in MODULES if name not in {"__main__", "checkpoints", "plots", "report"}]
 RESULTS = sorted(report.RESULTS.glob("*.json"))
 TINY_VISION = {
     "depth": 2,
@@ -248,6 +250,59 @@ def test_importing_a_benchmark_defines_and_does_nothing(name: str) -> None:
         ), ast.unparse(node)
         if isinstance(node, ast.Expr):
             assert isinstance(node.value, ast.Constant), ast.unparse(node)
+
+
+# --- all of them, one after the other --------------------------------------------------------------------
+
+
+def run_all(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    environment = {**os.environ, "COLUMNS": "120"}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=FOLDER.parent, env=environment, check=False
+    )
+
+
+def test_what_make_bench_runs_is_there_and_a_device_measures_what_knows_devices() -> None:
+    on_cpu, on_cuda = suite.names("cpu"), suite.names("cuda")
+    assert {name.split()[0] for name in on_cpu} <= set(BENCHMARKS)
+    assert set(on_cpu) - set(on_cuda) == set(suite.WITHOUT_DEVICE)
+    assert suite.names("cpu", ["soak"]) == ("soak",)
+    assert suite.command("service_tax --size 0.5b", "cuda")[1:] == [
+        "-m",
+        "benchmarks.service_tax",
+        "--size",
+        "0.5b",
+        "--device",
+        "cuda",
+    ]
+    assert "--device" not in suite.command("shared_memory", "cpu")
+
+
+def test_one_that_fails_keeps_no_other_from_being_measured() -> None:
+    ran = run_all("selection_cost --no-such-option", "selection_cost --help")
+    assert ran.returncode == 1
+    assert "failed (2)" in ran.stdout
+    assert "measured" in ran.stdout
+    assert "2 of 2: selection_cost --help" in ran.stdout
+
+
+def test_when_time_is_over_what_runs_is_ended_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = tmp_path / "number"
+    # what a shell leaves in the background does not hear an interrupt
+    script = ["sh", "-c", f"sleep 600 & echo $! > {number}; wait"]
+    monkeypatch.setattr(suite, "command", lambda name, device: script)
+    ended = suite.run("any", "cpu", time.monotonic() + 1)
+    assert ended.outcome == "out of time"
+    assert ended.seconds < 60
+    arguments = Path("/proc", number.read_text("utf-8").strip(), "cmdline")
+    until_s = time.monotonic() + 10
+    while arguments.exists() and arguments.read_bytes():  # without any: dead, and not yet buried
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+    assert suite.run("any", "cpu", time.monotonic()).outcome == "not begun"
 
 
 # --- the benchmarks themselves, at tiny sizes ------------------------------------------------------------
