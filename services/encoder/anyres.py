@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from hiprune.anyres import Pinpoints, tiling
+from hiprune.anyres import Pinpoints, Tiling, tiling
 from hiprune.checkpoints import Checkpoint, CheckpointError
 from hiprune.errors import Unsupported
 from hiprune.v1 import encoder_service_pb2
@@ -57,18 +57,22 @@ class AnyresTower:
         self._projection = projection
         self._leading = leading
 
+    def patches(self, size: tuple[int, int], frames: int | None = None) -> int:
+        """The base view's and its tiles'."""
+        tiles = self._tiling(*size)
+        return (1 + tiles.rows * tiles.columns) * self._grid[0] * self._grid[1]
+
     def prepare(self, image: Image.Image) -> Prepared:
         """V views of one size, (V, 3, h, w)."""
         pixels = self._processor(image, return_tensors="pt")["pixel_values"][0]
-        tiles = tiling(image.height, image.width, self._pinpoints, tile=self._tile, side=self._grid[0])
+        tiles = self._tiling(*image.size)
         layout = encoder_service_pb2.MediaLayout(
             original_height=image.height,
             original_width=image.width,
             tile_rows=tiles.rows,
             tile_columns=tiles.columns,
         )
-        cost = len(pixels) * self._grid[0] * self._grid[1]
-        return Prepared(transfers.pin(pixels, self.device), cost, layout)
+        return Prepared(transfers.pin(pixels, self.device), self.patches(image.size), layout)
 
     def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
         """Never called: the family takes no video."""
@@ -96,8 +100,7 @@ class AnyresTower:
         encoded = []
         for item, views, rows in zip(items, views_of, projected, strict=True):
             likenesses = [None] * len(views) if rows is None else rows.view(len(views), -1, rows.shape[-1])
-            size = item.layout.original_height, item.layout.original_width
-            tiles = tiling(*size, self._pinpoints, tile=self._tile, side=self._grid[0])
+            tiles = self._tiling(item.layout.original_width, item.layout.original_height)
             encoded.append(
                 [
                     EncodedView(
@@ -112,6 +115,9 @@ class AnyresTower:
                 ]
             )
         return encoded
+
+    def _tiling(self, width: int, height: int) -> Tiling:
+        return tiling(height, width, self._pinpoints, tile=self._tile, side=self._grid[0])
 
     def warm_up(self, layers: Collection[int]) -> None:
         """See `Tower`."""

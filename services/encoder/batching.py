@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from typing import Final, Generic, TypeVar
 
 from hiprune.errors import Exhausted, Unavailable
 from hiprune.fairness import FairQueue
+
+log = logging.getLogger("hiprune.encoder")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,7 +57,7 @@ class _Job(Generic[Item, Result]):
 class MicroBatcher(Generic[Item, Result]):
     """A bounded queue in front of `run`, which takes a list of items and returns their results in order.
 
-    `cost` is in whatever unit bounds the model's memory and time (images, tokens), and so are the bounds:
+    `cost` is in whatever `unit` bounds the model's memory and time (images, tokens), and so are the bounds:
     a batch costs at most `max_batch_cost`, or is one item that is dearer; items that wait cost at most
     `max_queue_cost`, or are one item that found nobody waiting. Items that find the worker idle wait up to
     `max_wait_ms` for company, less once a batch is full; 0 takes only what the event loop has ready. When the
@@ -69,12 +72,14 @@ class MicroBatcher(Generic[Item, Result]):
         max_batch_cost: int,
         max_queue_cost: int,
         max_wait_ms: float = 2.0,
+        unit: str = "items",
     ) -> None:
         self._run = run
         self._cost = cost
         self._max_batch_cost = max_batch_cost
         self._max_queue_cost = max_queue_cost
         self._max_wait_s = max_wait_ms / 1000
+        self._unit = unit
         self._waiting: FairQueue[_Job[Item, Result]] = FairQueue()
         self._enough = asyncio.Event()  # no more company is needed
         self._pump: asyncio.Task[None] | None = None  # runs while there is work
@@ -93,12 +98,11 @@ class MicroBatcher(Generic[Item, Result]):
         """The outcome of an owner's `item`, once its batch has run; `on_start` is called when that starts.
 
         Raises `Exhausted` (OVERLOADED) when the queue is full, or when the item has to make room in it;
-        `Unavailable` after `close`; and whatever `run` raised for the batch. Cancelled before its batch
+        `Unavailable` after `close`; and whatever `run` raised for the item alone. Cancelled before its batch
         starts, an item never reaches `run`; later, its result is dropped.
         """
-        if self._closed:
-            raise Unavailable("shutting down")
         cost = self._cost(item)
+        self.check_room(owner, cost)
         if self._waiting:
             self._make_room(owner, cost)
         job: _Job[Item, Result] = _Job(item, cost, asyncio.get_running_loop().create_future(), on_start)
@@ -114,18 +118,26 @@ class MicroBatcher(Generic[Item, Result]):
             self._waiting.remove(owner, job)  # if its batch has not started
             raise
 
+    def check_room(self, owner: str = "", cost: int = 1) -> None:
+        """Whether `submit` would take an owner's item now: for before there is one. Raises as it does."""
+        if self._closed:
+            raise Unavailable("shutting down")
+        if self._waiting and not self._waiting.has_room(owner, cost, self._max_queue_cost):
+            raise self._refusal(f"{cost} more")
+
     def _make_room(self, owner: str, cost: int) -> None:
-        """Sees to it that one more fits, if others' newest items have to go for it. Raises Exhausted."""
-        full = Exhausted(
-            f"the queue is full: {self.depth} waiting, {cost} more; at most {self._max_queue_cost}",
-            retry_after_s=self._batch_s * math.ceil(self.depth / self._max_batch_cost),
-        )
-        pushed_out = self._waiting.make_room(owner, cost, self._max_queue_cost)
-        if pushed_out is None:
-            raise full
-        for job in pushed_out:
+        """Pushes others' newest items out where they are what is in the way."""
+        depth = self.depth
+        for job in self._waiting.make_room(owner, cost, self._max_queue_cost) or ():
             if not job.future.done():
-                job.future.set_exception(full)
+                job.future.set_exception(self._refusal(f"{job.cost} of these made room for others", depth))
+
+    def _refusal(self, what: str, depth: int | None = None) -> Exhausted:
+        depth = self.depth if depth is None else depth
+        return Exhausted(
+            f"the queue is full: {depth} {self._unit} wait, {what}; at most {self._max_queue_cost}",
+            retry_after_s=self._batch_s * math.ceil(depth / self._max_batch_cost),
+        )
 
     async def close(self) -> None:
         """Refuse what comes, finish what is here. Cancelled, it may be called again."""
@@ -141,22 +153,33 @@ class MicroBatcher(Generic[Item, Result]):
                 async with asyncio.timeout(self._max_wait_s):
                     await self._enough.wait()
             while self._waiting:
-                await self._run_batch(self._take())
+                batch = self._take()
+                if batch and not await self._run_batch(batch):
+                    # nobody fails for another's sake, or because all of them together were too much
+                    for job in batch:
+                        if not job.future.done():
+                            await self._run_batch([job])
         finally:
             self._waiting.rest()
             self._pump = None
 
     def _take(self) -> list[_Job[Item, Result]]:
         """The next batch: nothing overtakes an item that does not fit, or it might never be its turn."""
-        batch = [self._waiting.pop()]
-        room = self._max_batch_cost - batch[0].cost
-        while self._waiting and self._waiting.next_cost() <= room:
-            batch.append(self._waiting.pop())
-            room -= batch[-1].cost
+        batch: list[_Job[Item, Result]] = []
+        room = self._max_batch_cost
+        while self._waiting and (not batch or self._waiting.next_cost() <= room):
+            job = self._waiting.pop()
+            if job.future.done():  # its submitter has left, and did not get to take it out yet
+                continue
+            batch.append(job)
+            room -= job.cost
         return batch
 
-    async def _run_batch(self, batch: list[_Job[Item, Result]]) -> None:
-        """Run one batch and answer everyone in it; errors go to the submitters and end there."""
+    async def _run_batch(self, batch: list[_Job[Item, Result]]) -> bool:
+        """Run one batch and answer everyone in it; errors go to the submitters and end there.
+
+        False, and nobody is answered, where several fail together.
+        """
         started_s = time.perf_counter()
         for job in batch:
             if job.on_start is not None:
@@ -165,18 +188,22 @@ class MicroBatcher(Generic[Item, Result]):
             items = [job.item for job in batch]
             results = await asyncio.get_running_loop().run_in_executor(self._worker, self._checked_run, items)
         except BaseException as error:
+            if isinstance(error, Exception) and len(batch) > 1:
+                log.warning("a batch of %d is run again, one by one: %s", len(batch), str(error))
+                return False
             for job in batch:
                 if not job.future.done():
                     job.future.set_exception(error)
             if not isinstance(error, Exception):  # our task is cancelled: the loop is going down
                 raise
-            return
+            return True
         ran_s = time.perf_counter() - started_s
         self._batch_s += _SMOOTHING * (ran_s - self._batch_s)
         for job, result in zip(batch, results, strict=True):
             if not job.future.done():
                 queued_s = started_s - job.submitted_s
                 job.future.set_result(Outcome(result, started_s, queued_s, ran_s, len(batch)))
+        return True
 
     def _checked_run(self, items: list[Item]) -> list[Result]:
         """`run`, on the worker thread, held to its contract."""

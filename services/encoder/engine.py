@@ -5,21 +5,20 @@ Knows no gRPC and no family: a family's adapter gives the tower.
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import time
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
 from hiprune import auth, telemetry
-from hiprune.errors import Exhausted, InvalidInput
-from hiprune.fairness import Turns
+from hiprune.errors import InvalidInput
 from hiprune.telemetry import Note, StageClock, stage
 from hiprune.v1 import encoder_service_pb2, media_pb2
+from hiprune.workers import Abandoned, Workers
 from services.encoder.batching import MicroBatcher
 from services.encoder.families import EncodedView, Prepared, Tower
-from services.encoder.images import ImageLimits, decode, decode_image, inspect
+from services.encoder.images import ImageLimits, decode, inspect
 from services.encoder.settings import Settings
 
 BATCH_PATCHES: Final = {"cpu": 1152, "cuda": 16_384}
@@ -57,18 +56,19 @@ class VisionEngine:
             max_side=settings.max_image_side,
         )
         self._max_video_pixels = settings.max_video_pixels
-        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
-        self._decoding = Turns(settings.decode_threads, settings.max_decoding, self._too_many)
-        self._max_decoding = settings.max_decoding
+        self._max_item_patches = settings.max_item_patches
+        self._decoders = Workers(
+            settings.decode_threads, "decode", waiting_for="to be decoded", max_waiting=settings.max_decoding
+        )
         self._batcher: MicroBatcher[_Job, tuple[list[EncodedView], list[Note]]] = MicroBatcher(
             self._run,
             cost=lambda job: job.prepared.patches,
             max_batch_cost=settings.max_batch_patches or BATCH_PATCHES[tower.device.type],
             max_queue_cost=settings.max_queue_patches,
             max_wait_ms=settings.max_wait_ms,
+            unit="patches",
         )
-        telemetry.watch("hiprune.queue.depth", lambda: self._decoding.waiting, queue="decode")
-        telemetry.measure("hiprune.queue.limit", settings.max_decoding, queue="decode")
+        self._decoders.watch()
         telemetry.watch("hiprune.queue.depth", lambda: self._batcher.depth, queue="vision")
         telemetry.measure("hiprune.queue.limit", settings.max_queue_patches, queue="vision")
 
@@ -78,9 +78,8 @@ class VisionEngine:
         """The views of one image or video. Raises InvalidInput (`media.…`), Exhausted."""
         owner = auth.current().tenant.name
         with stage("preprocess"):
-            async with self._decoding.take(owner):
-                loop = asyncio.get_running_loop()
-                prepared = await loop.run_in_executor(self._decoders, self._prepare, media)
+            self._batcher.check_room(owner)  # nothing is decoded that would find none
+            prepared = await self._decoders.run_wanted(functools.partial(self._prepare, media))
         job = _Job(prepared, frozenset(layers), aligned)
         return Encoded(await self._see(job, owner, clock), prepared.layout)
 
@@ -109,21 +108,20 @@ class VisionEngine:
             telemetry.record("capture", note.started_s, note.seconds, attributes=layer, parent=vision)
         return views
 
-    def _too_many(self) -> Exhausted:
-        return Exhausted(
-            f"{self._decoding.waiting} images wait to be decoded, at most {self._max_decoding} may",
-            retry_after_s=1,
-        )
-
     async def close(self) -> None:
         """Finishes what is queued."""
         await self._batcher.close()
-        self._decoders.shutdown(wait=False)
+        self._decoders.close()
 
-    def _prepare(self, media: media_pb2.Media) -> Prepared:
-        """Decoded and resized. Blocks."""
+    def _prepare(self, media: media_pb2.Media, is_wanted: Callable[[], bool]) -> Prepared:
+        """Decoded and resized. Blocks. Raises InvalidInput, and Abandoned when nobody wants it any more."""
         if media.WhichOneof("content") == "image":
-            return self._tower.prepare(decode_image(media.image, limits=self._limits, field="media.image"))
+            outline = inspect(media.image, limits=self._limits, field="media.image")
+            self._check_patches(outline.upright_size, None, "media.image")
+            image = decode(outline, field="media.image")
+            if not is_wanted():
+                raise Abandoned
+            return self._tower.prepare(image)
         video = media.video
         # all headers first: no frame is decoded of a video that is refused for a later one
         outlines = [
@@ -146,11 +144,26 @@ class VisionEngine:
                 field="media.video.frames",
                 reason="LIMIT_EXCEEDED",
             )
-        frames = [
-            decode(outline, field=f"media.video.frames[{number}]") for number, outline in enumerate(outlines)
-        ]
+        self._check_patches((width, height), len(outlines), "media.video.frames")
+        frames = []
+        for number, outline in enumerate(outlines):
+            if not is_wanted():
+                raise Abandoned
+            frames.append(decode(outline, field=f"media.video.frames[{number}]"))
         rate = video.frames_per_second if video.HasField("frames_per_second") else DEFAULT_RATE
         return self._tower.prepare_video(frames, rate)
+
+    def _check_patches(self, size: tuple[int, int], frames: int | None, field: str) -> None:
+        """What the tower would compute, known before a pixel is. Raises InvalidInput."""
+        patches = self._tower.patches(size, frames)
+        if patches > self._max_item_patches:
+            what = "{} × {} pixels are".format(*size)
+            raise InvalidInput(
+                f"{what if frames is None else f'{frames} frames of {what}'} {patches} patches, "
+                f"expected at most {self._max_item_patches}",
+                field=field,
+                reason="LIMIT_EXCEEDED",
+            )
 
     def _run(self, jobs: list[_Job]) -> list[tuple[list[EncodedView], list[Note]]]:
         """One forward, recording what any of the jobs wants; each gets its own layers and no more."""

@@ -108,6 +108,8 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
             else:
                 _fill(response, encoded, request, None)
             return
+        # a client that has gone takes nothing; one that has its answer may yet, for as long as it would wait
+        context.add_done_callback(lambda ended: self._lender.end(loan) if ended.cancelled() else None)
         left = deadlines.remaining_s()
         loop.call_later(self._call_s if left is None else left, self._lender.end, loan)
         try:
@@ -185,6 +187,8 @@ def _fill(
             loan.write(rows)
             return
         except OSError as error:
+            if loan.has_ended:  # and with it the call: nobody reads the answer
+                return
             log.warning("%d bytes go inline, shared memory takes none: %s", loan.size, error)
             loan.end()
     for target, tensor in rows:

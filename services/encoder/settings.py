@@ -51,6 +51,12 @@ class Settings(ServiceSettings):
     max_video_pixels: int = Field(
         150_000_000, ge=1, le=2**40, description="all frames of a video together, in pixels of their headers"
     )
+    max_item_patches: int = Field(
+        64 * 1024,
+        ge=1,
+        le=2**31 - 1,
+        description="most patches of one image or video, which bound the memory of its forward",
+    )
     max_batch_patches: int = Field(
         0,
         ge=0,

@@ -17,9 +17,9 @@ from hiprune.errors import Internal, InvalidInput, Mismatch
 from hiprune.shared_memory import Borrower, SegmentError
 from hiprune.tensors import Memory
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc
+from hiprune.workers import Workers
 from services.pruner.pruning import check_views
 from services.pruner.settings import Settings
-from services.pruner.workers import Workers
 
 log = logging.getLogger("hiprune.pruner.encoder")
 
@@ -72,16 +72,17 @@ class RemoteEncoder:
         image = await self._peer.call(
             lambda stub: stub.EncodeImage, request, encoder_service_pb2.EncodeImageResponse
         )
-        return await workers.run(lambda: self._receive(request, image))
+        # here and now: cancelled before a thread gets to it, nobody would remove it before the deadline
+        memory = self._borrower.take(image) if request.shared_memory_token else None
+        return await workers.run(lambda: self._receive(request, image, memory))
 
     def _receive(
         self,
         request: encoder_service_pb2.EncodeImageRequest,
         image: encoder_service_pb2.EncodeImageResponse,
+        memory: Memory | None,
     ) -> Encoded:
         """The answer to a request, once all of it is here and fits. Reads files."""
-        # the segment first: nobody else removes it before the deadline, whatever is wrong with the answer
-        memory = self._borrower.take(image) if request.shared_memory_token else None
         self._borrower.learn(image.shared_memory_probe)
         self._check_fingerprint(image.fingerprint, aligned=request.aligned)
         with encoders_fault():

@@ -21,6 +21,7 @@ from hiprune.v1 import (
     pruner_service_pb2,
     pruner_service_pb2_grpc,
 )
+from hiprune.workers import Workers
 from services.pruner import guidance, intake
 from services.pruner import policy as policies
 from services.pruner.cache import TenantKeys, TokenCache, media_digest
@@ -30,7 +31,6 @@ from services.pruner.policy import Policy
 from services.pruner.pruning import NO_QUESTION, Guidance, Pruned, check_views, plan, prune, similarities
 from services.pruner.settings import Settings
 from services.pruner.text import Chunks, TextEncoder
-from services.pruner.workers import Workers
 
 _Status: TypeAlias = tuple[Encoded, pruner_service_pb2.CacheStatus.ValueType]
 """An encoded image, and where it came from."""
@@ -59,11 +59,15 @@ class PrunerServicer(pruner_service_pb2_grpc.PrunerServiceServicer):
         self._records_cls = False  # whether the encoder's last answer held attention from CLS
         self._flights: SingleFlight[bytes, _Status] = SingleFlight()
         # one thread: the text encoder is not for several
-        self._reader = Workers(1, "text", max_waiting=_MAX_WAITING_CHUNKS)
+        self._reader = Workers(1, "text", waiting_for="for the text encoder", max_waiting=_MAX_WAITING_CHUNKS)
         # threads of our own: asyncio's default ones may all be waiting for a name server
-        self._workers = Workers(2, "prune", max_waiting=_MAX_WAITING_WORK)
+        self._workers = Workers(
+            2, "prune", waiting_for="for the pruner's threads", max_waiting=_MAX_WAITING_WORK
+        )
         # what compares tokens takes seconds where the others take milliseconds: it holds up its like alone
-        self._comparer = Workers(1, "compare", max_waiting=_MAX_WAITING_WORK)
+        self._comparer = Workers(
+            1, "compare", waiting_for="for tokens to be compared", max_waiting=_MAX_WAITING_WORK
+        )
 
     def equip(
         self,

@@ -86,12 +86,23 @@ class FairQueue(Generic[Item]):
                 return True
         return False
 
+    def has_room(self, owner: str, cost: int, most: int) -> bool:
+        """Whether `make_room` would let `cost` of an owner's in; nothing is taken out."""
+        return self._victims(owner, cost, most) is not None
+
     def make_room(self, owner: str, cost: int, most: int) -> list[Item] | None:
         """Takes out as many newest items as let `cost` of an owner's in, and returns them.
 
         They are those of whoever has most waiting, and more than `owner` would have. None, and nothing is
         taken out, when that is not enough to stay within `most`.
         """
+        victims = self._victims(owner, cost, most)
+        if victims is None:
+            return None
+        return [self._drop_newest(rival) for rival, count in victims.items() for _ in range(count)]
+
+    def _victims(self, owner: str, cost: int, most: int) -> dict[str, int] | None:
+        """How many newest items of whom have to go for `cost` of an owner's; None where that is no use."""
         costs = dict(self._costs)
         mine, total = costs.pop(owner, 0) + cost, self.cost + cost
         victims: dict[str, int] = {}
@@ -103,7 +114,7 @@ class FairQueue(Generic[Item]):
             dropped = self._lines[rival][-victims[rival]][1]
             costs[rival] -= dropped
             total -= dropped
-        return [self._drop_newest(rival) for rival, count in victims.items() for _ in range(count)]
+        return victims
 
     def _next(self) -> str:
         if not self._lines:
@@ -158,18 +169,22 @@ class Turns:
         """What those cost who wait."""
         return self._queue.cost
 
-    @asynccontextmanager
-    async def take(self, owner: str, cost: int = 1) -> AsyncIterator[None]:
-        """A turn of an owner's, once it comes. Raises Exhausted."""
+    async def acquire(self, owner: str, cost: int = 1) -> None:
+        """Returns once it is an owner's turn, which lasts until `release`. Raises Exhausted."""
         if self._running < self._width:
             self._running += 1
             self._queue.charge(owner, cost)
         else:
             await self._wait(owner, cost)
+
+    @asynccontextmanager
+    async def take(self, owner: str, cost: int = 1) -> AsyncIterator[None]:
+        """A turn of an owner's, for as long as the block lasts. Raises Exhausted."""
+        await self.acquire(owner, cost)
         try:
             yield
         finally:
-            self._pass_on()
+            self.release()
 
     async def _wait(self, owner: str, cost: int) -> None:
         pushed_out = self._queue.make_room(owner, cost, self._most)
@@ -184,10 +199,11 @@ class Turns:
             await turn
         except asyncio.CancelledError:
             if not self._queue.remove(owner, turn) and _is_given(turn):
-                self._pass_on()  # it came in the moment of leaving
+                self.release()  # it came in the moment of leaving
             raise
 
-    def _pass_on(self) -> None:
+    def release(self) -> None:
+        """Gives a turn on to whoever is next."""
         while self._queue:
             turn = self._queue.pop()
             if not turn.done():  # its owner has left, and did not get to take it out yet

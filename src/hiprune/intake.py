@@ -8,10 +8,8 @@ Source of the wire format: protobuf.dev/programming-guides/encoding.
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
@@ -21,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 
 from hiprune import auth, telemetry
 from hiprune.errors import Exhausted, InvalidInput
-from hiprune.fairness import Turns
+from hiprune.workers import Workers
 
 MAX_HELD_BYTES: Final = 2**30
 """Of all requests that are being served and answers that are being sent; each is in memory about twice, as
@@ -49,8 +47,7 @@ class Intake:
         self._held = 0
         self._held_by: dict[str, int] = {}  # owners, of those who hold anything
         self._limits: Mapping[str, int] = {}
-        self._parser = ThreadPoolExecutor(1, thread_name_prefix="parse")
-        self._turns = Turns(1, _MAX_WAITING, self._full)
+        self._parser = Workers(1, "parse", waiting_for="to be read", max_waiting=_MAX_WAITING)
 
     def limit(self, request_bytes: Mapping[str, int]) -> None:
         """Sets the largest request of each method, by its path; a method that is not named has no bound."""
@@ -59,8 +56,7 @@ class Intake:
     def watch(self) -> None:
         """Shows what is held and what waits to whoever reads metrics."""
         telemetry.watch("hiprune.intake.held", lambda: self._held)
-        telemetry.watch("hiprune.queue.depth", lambda: self._turns.waiting_cost, queue="parse")
-        telemetry.measure("hiprune.queue.limit", _MAX_WAITING, queue="parse")
+        self._parser.watch()
 
     @asynccontextmanager
     async def message(self, method: str, request: bytes, parse: Parse) -> AsyncIterator[Message]:
@@ -87,10 +83,8 @@ class Intake:
             )
         with self._holding(owner, size):
             if size > _THREAD_BYTES:
-                async with self._turns.take(owner, 1 + size // 2**20):
-                    loop = asyncio.get_running_loop()
-                    message = await loop.run_in_executor(self._parser, _read, method, request, parse)
-                yield message
+                read = functools.partial(_read, method, request, parse)
+                yield await self._parser.run(read, 1 + size // 2**20)
             else:
                 yield _read(method, request, parse)
 
@@ -105,9 +99,6 @@ class Intake:
             left = self._held_by.pop(owner, 0) - size
             if left:
                 self._held_by[owner] = left
-
-    def _full(self) -> Exhausted:
-        return Exhausted(f"{self._turns.waiting} large requests wait to be read", retry_after_s=1)
 
     @contextmanager
     def answer(self, size: int) -> Iterator[None]:

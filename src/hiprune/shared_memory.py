@@ -40,8 +40,6 @@ log = logging.getLogger("hiprune.shared_memory")
 
 ALIGNMENT: Final = 64
 """Bytes to whose multiples tensors are aligned in a segment: a cache line, and any vector unit's width."""
-STALE_S: Final = 60.0
-"""Age of a probe from which a free lock means that its server is gone, and not about to take it."""
 REST_S: Final = 60.0
 """For how long a client asks for bytes inline after a segment that it could not use."""
 PATIENCE_S: Final = 1.0
@@ -100,6 +98,11 @@ class Loan:
         finally:
             os.close(file)
 
+    @property
+    def has_ended(self) -> bool:
+        """Nobody will take it any more."""
+        return self._ended
+
     def is_taken(self) -> bool:
         """The client has it, or it has ended."""
         return self._ended or (self._begun and not os.path.lexists(self._path))
@@ -131,15 +134,17 @@ class Lender:
         if not self._directory:
             return
         probe = Path(self._directory) / f"hiprune-{self._server}-probe"
+        unseen = probe.with_suffix(".new")  # nobody looks at it before it is locked, and has its name
         try:
             _sweep(Path(self._directory))
-            self._lock_file = os.open(probe, _CREATE, 0o600)
+            self._lock_file = os.open(unseen, _CREATE, 0o600)
             # held while this process lives, however it ends: who finds it free may clean up behind us
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _write(self._lock_file, memoryview(self._token.encode()), 0)
+            unseen.rename(probe)
         except OSError as error:
             log.info("no shared memory in %s: %s", self._directory, error)
-            self._let_go(probe)
+            self._let_go(unseen)
             return
         self.probe = probe.name
 
@@ -213,8 +218,6 @@ def _locked(probe: Path) -> Iterator[None]:
     """Holds the lock of a server that is gone. Raises OSError where it is not, or where that is not sure."""
     file = os.open(probe, _READ)
     try:
-        if time.time() - os.fstat(file).st_mtime < STALE_S:
-            raise BlockingIOError("its server may be about to lock it")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:

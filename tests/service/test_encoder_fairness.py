@@ -34,6 +34,9 @@ class Tower:
         self.order: list[int] = []
         self.gate = threading.Semaphore(0)
 
+    def patches(self, size, frames=None):
+        return 1
+
     def prepare(self, image):
         return Prepared(torch.tensor(image.getpixel((0, 0))[0]), 1)
 

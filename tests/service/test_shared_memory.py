@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import signal
 import subprocess
@@ -23,11 +22,12 @@ from hiprune import shared_memory, tensors
 from hiprune.checkpoints import open_checkpoint
 from hiprune.errors import Internal, InvalidInput, from_rpc
 from hiprune.server import RequestGate
-from hiprune.shared_memory import STALE_S, Borrower, Loan
+from hiprune.shared_memory import Borrower, Loan
 from hiprune.stack import Stack
 from hiprune.v1 import encoder_service_pb2 as encoder_pb
 from hiprune.v1 import encoder_service_pb2_grpc, media_pb2, pruner_service_pb2_grpc, tensor_pb2
 from hiprune.v1 import pruner_service_pb2 as pb
+from hiprune.workers import Workers
 from services.encoder.process import EncoderService
 from services.encoder.settings import Settings as EncoderSettings
 from services.pruner.process import PrunerService
@@ -219,9 +219,6 @@ async def test_an_encoder_that_restarts_is_recognised_by_the_next_answer(pair):
     await pair.encode(encode_request(shared_memory_token=await pair.token()))
     pair.stack.end("encoder", signal.SIGKILL)
     assert len(list(pair.directory.iterdir())) == 2
-    before = time.time() - STALE_S - 1
-    for path in pair.directory.iterdir():
-        os.utime(path, (before, before))
     pair.start("encoder")
     assert left_in(pair.directory) == set()
     assert await pair.prune(prune_request()) == expected
@@ -347,6 +344,26 @@ async def test_a_call_that_is_cancelled_leaves_no_segment(inside, monkeypatch):
     call.cancel()
     await gone(inside.directory)
     go_on.set()
+
+
+async def test_an_answer_that_nobody_waits_for_any_more_leaves_no_segment(inside, monkeypatch):
+    await inside.pruner.PruneImage(prune_request())  # which learns the probe
+    arrived, run = asyncio.Event(), Workers.run
+
+    async def busy(workers, work, cost=1):
+        if "_ask" not in getattr(work, "__qualname__", ""):
+            return await run(workers, work, cost)
+        arrived.set()  # with a segment, and all threads have other work
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    monkeypatch.setattr(Workers, "run", busy)
+    call = inside.pruner.PruneImage(prune_request(name="scene01.png"), timeout=60)
+    try:
+        await asyncio.wait_for(arrived.wait(), 20)
+        await gone(inside.directory)
+    finally:
+        call.cancel()
 
 
 async def test_a_call_that_fails_late_leaves_no_segment(inside, monkeypatch):

@@ -194,15 +194,18 @@ async def test_depth_is_the_cost_of_what_waits(make: Make, model: Model) -> None
 
 
 async def test_a_full_queue_refuses_and_names_its_bound(make: Make, model: Model) -> None:
-    batcher = make(max_queue_cost=10)
+    batcher = make(max_queue_cost=10, unit="cups")
     running = await busy(batcher, model)
     waiting = start(batcher, 6, 4)
     await settle()
-    with pytest.raises(Exhausted, match="10 waiting, 1 more; at most 10") as caught:
+    with pytest.raises(Exhausted, match="10 cups wait, 1 more; at most 10") as caught:
         await batcher.submit(1)
     assert caught.value.reason == "OVERLOADED"
     assert caught.value.retry_after_s is not None
     assert caught.value.retry_after_s > 0
+    with pytest.raises(Exhausted, match="10 cups wait, 1 more; at most 10"):
+        batcher.check_room()  # without an item to submit
+    batcher.check_room("another")  # which the first makes room for
     model.gate.set()
     await asyncio.gather(running, *waiting)
     assert (await batcher.submit(1)).result == -1
@@ -266,6 +269,24 @@ async def test_an_item_cancelled_in_the_queue_costs_nothing(make: Make, model: M
     assert model.batches == [[1], [3, 5]]
 
 
+@pytest.mark.parametrize("stays", [True, False], ids=["beside one that stays", "with all others"])
+async def test_an_item_cancelled_as_the_batch_before_it_ends_costs_nothing(
+    make: Make, model: Model, stays: bool
+) -> None:
+    batcher = make()
+    running = await busy(batcher, model)
+    others = start(batcher, 2, 3, 4)
+    await settle()
+    model.gate.set()
+    # a loop that stalls hears of both in one turn: of the end of the batch, and of who leaves
+    batcher._worker.submit(int).result()
+    for task in others[stays:]:
+        task.cancel()
+    await asyncio.gather(running, *others, return_exceptions=True)
+    assert (await batcher.submit(5)).result == -5
+    assert model.batches == [[1], *([[2]] if stays else []), [5]]
+
+
 async def test_items_all_cancelled_while_they_wait_for_company_run_nothing(make: Make, model: Model) -> None:
     batcher = make(max_wait_ms=5)
     tasks = start(batcher, 1, 2)
@@ -292,17 +313,34 @@ async def test_an_item_cancelled_while_it_runs_leaves_its_batch_alone(make: Make
 
 
 @pytest.mark.parametrize("failure", [ValueError("no memory"), StopIteration()])
-async def test_a_failed_batch_fails_for_everyone_in_it_and_for_nobody_else(
-    make: Make, model: Model, failure: Exception
-) -> None:
+async def test_an_item_that_fails_fails_alone(make: Make, model: Model, failure: Exception) -> None:
     batcher = make()
     model.failures[2] = failure
-    results = await asyncio.wait_for(asyncio.gather(*start(batcher, 1, 2), return_exceptions=True), timeout=5)
-    assert len(model.batches) == 1
-    for result in results:
-        assert isinstance(result, Exception)
-        assert failure in (result, result.__cause__)
-    assert (await batcher.submit(3)).result == -3
+    tasks = start(batcher, 1, 2, 3)
+    one, two, three = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), timeout=5)
+    assert model.batches == [[1, 2, 3], [1], [2], [3]]
+    assert isinstance(two, Exception)
+    assert failure in (two, two.__cause__)
+    assert [(each.result, each.batch_size) for each in (one, three)] == [(-1, 1), (-3, 1)]  # type: ignore[union-attr]
+    assert (await batcher.submit(4)).result == -4
+
+
+async def test_too_much_together_is_run_one_by_one_for_those_who_still_wait(make: Make, model: Model) -> None:
+    def run(items: list[int]) -> list[int]:
+        results = model(items)
+        if len(items) > 1:
+            raise MemoryError
+        return results
+
+    batcher = make(run)
+    model.gate.clear()
+    leaves, *stay = start(batcher, 1, 2, 3)
+    await model.entered()
+    leaves.cancel()
+    await settle()
+    model.gate.set()
+    assert [(await each).result for each in stay] == [-2, -3]
+    assert model.batches == [[1, 2, 3], [2], [3]]
 
 
 async def test_a_failed_batch_does_not_take_the_waiting_with_it(make: Make, model: Model) -> None:
@@ -320,7 +358,7 @@ async def test_a_failed_batch_does_not_take_the_waiting_with_it(make: Make, mode
 async def test_a_run_that_loses_a_result_is_an_error_and_not_a_shift(make: Make) -> None:
     batcher = make(lambda items: items[1:])
     results = await asyncio.gather(*start(batcher, 1, 2), return_exceptions=True)
-    assert all(isinstance(result, RuntimeError) for result in results)
+    assert [str(result) for result in results] == ["0 results for a batch of 1"] * 2
 
 
 async def test_a_cost_that_fails_is_its_own_submitters_trouble(make: Make) -> None:

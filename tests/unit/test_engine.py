@@ -1,18 +1,20 @@
-"""What of a video's limits holds before a frame of it is decoded."""
+"""What holds before an image or a frame is decoded, and for whom nothing is."""
 
 from __future__ import annotations
 
 import asyncio
 import io
+import threading
 
 import pytest
 import torch
 from PIL import ExifTags, Image
 
-from hiprune.errors import InvalidInput
+from hiprune.errors import Exhausted, InvalidInput
 from hiprune.telemetry import start_clock
 from hiprune.v1 import encoder_service_pb2, media_pb2
 from services.encoder import engine as engines
+from services.encoder import images
 from services.encoder.engine import VisionEngine
 from services.encoder.families import EncodedView, Prepared
 from services.encoder.service import EncoderServicer
@@ -28,6 +30,9 @@ class Tower:
         self.sizes: list[tuple[int, int]] = []
         self.batches: list[int] = []
         self._patches = patches
+
+    def patches(self, size, frames=None):
+        return self._patches
 
     def prepare(self, image):
         return self.prepare_video([image], 1)
@@ -123,3 +128,80 @@ async def test_forwards_hold_two_llava_images_on_a_cpu_unless_told_otherwise(
         await engine.close()
     assert sum(tower.batches) == sum(batches)
     assert max(tower.batches) == max(batches)
+
+
+async def test_nobodys_frames_are_decoded_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, gate, decoded = threading.Event(), threading.Event(), []
+
+    def decode(outline, *, field):
+        decoded.append(field)
+        begun.set()
+        gate.wait()
+        return images.decode(outline, field=field)
+
+    monkeypatch.setattr(engines, "decode", decode)
+    tower = Tower()
+    engine = VisionEngine(tower, Settings(decode_threads=1))
+    video = media_pb2.Media(video=media_pb2.Video(frames=[frame()] * 3))
+    leaves = asyncio.create_task(engine.encode(video, [], aligned=False, clock=start_clock()))
+    await asyncio.to_thread(begun.wait)
+    leaves.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaves
+    gate.set()
+    image = media_pb2.Media(image=frame(30, 20))
+    await engine.encode(image, [], aligned=False, clock=start_clock())
+    await engine.close()
+    assert decoded == ["media.video.frames[0]", "media.image"]
+    assert tower.sizes == [(30, 20)]
+
+
+async def test_nothing_is_decoded_that_would_find_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, gate = threading.Event(), threading.Event()
+
+    class Busy(Tower):
+        def encode(self, items, layers, aligned):
+            entered.set()
+            gate.wait()
+            return super().encode(items, layers, aligned)
+
+    engine = VisionEngine(Busy(patches=576), Settings(max_queue_patches=576, max_wait_ms=0))
+    image = media_pb2.Media(image=frame())
+
+    def encode() -> asyncio.Task:
+        return asyncio.create_task(engine.encode(image, [], aligned=False, clock=start_clock()))
+
+    runs = encode()
+    await asyncio.to_thread(entered.wait)
+    waits = encode()
+    while not engine._batcher.depth:  # noqa: ASYNC110  # which sets no event
+        await asyncio.sleep(0.001)
+    monkeypatch.setattr(engines, "inspect", None)
+    with pytest.raises(Exhausted, match="the queue is full: 576 patches wait, 1 more; at most 576"):
+        await encode()
+    monkeypatch.undo()
+    gate.set()
+    await asyncio.gather(runs, waits)
+    await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("media", "field", "what"),
+    [
+        (media_pb2.Media(image=frame()), "media.image", "20 × 10 pixels are 577 patches"),
+        (
+            media_pb2.Media(video=media_pb2.Video(frames=[frame()] * 2)),
+            "media.video.frames",
+            "2 frames of 20 × 10 pixels are 577 patches",
+        ),
+    ],
+)
+async def test_what_a_tower_would_have_to_compute_is_bounded_before_a_pixel_is_decoded(
+    monkeypatch: pytest.MonkeyPatch, media: media_pb2.Media, field: str, what: str
+) -> None:
+    monkeypatch.setattr(engines, "decode", None)
+    engine = VisionEngine(Tower(patches=577), Settings(max_item_patches=576))
+    with pytest.raises(InvalidInput, match=f"{what}, expected at most 576") as caught:
+        await engine.encode(media, [], aligned=False, clock=start_clock())
+    await engine.close()
+    assert (caught.value.field, caught.value.reason) == (field, "LIMIT_EXCEEDED")

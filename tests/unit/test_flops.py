@@ -164,6 +164,16 @@ def encoding(tiny: Tiny, media: Media, layers: set[int], *, aligned: bool = Fals
     return counted(lambda: tiny.tower.encode([item], layers, [aligned]))
 
 
+def test_a_tower_knows_what_media_cost_before_it_has_their_pixels(tiny: Tiny):
+    for media in tiny.media:
+        item = prepared(tiny, media)
+        assert tiny.tower.patches((media.width, media.height), media.frames) == item.patches
+        views = tiny.tower.encode([item], set(), [False])[0]
+        # what the tower leaves: a merged token for four patches, tokens beside the grid
+        rows = sum(len(view.features) + len(view.prefix if view.prefix is not None else ()) for view in views)
+        assert item.patches == rows * (4 if tiny.model.facts.family == "qwen2_5_vl" else 1)
+
+
 def costs_of(tiny: Tiny, media: Media, **options: Any) -> Any:
     # as the tiny processors' bounds: 4 to 64 tokens of 16 × 16 pixels
     return tiny.model.costs(media, HALF, pixel_bounds=(4 * 256, 64 * 256), **options)

@@ -1,4 +1,4 @@
-"""Claims about the pruner's threads: tenants take turns, and who has left is worked for no longer."""
+"""Claims about threads for long work: tenants take turns, and who has left is worked for no longer."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hiprune.auth import Caller, Tenant
 from hiprune.errors import Exhausted
 from hiprune.quotas import Charge
 from hiprune.v1 import encoder_service_pb2, pruner_service_pb2, tensor_pb2
+from hiprune.workers import Workers
 from services.pruner import policy, service
 from services.pruner.service import PrunerServicer
 from services.pruner.settings import Settings
-from services.pruner.workers import Workers
 
 
 def on_behalf(tenant: str, work) -> asyncio.Task:
@@ -27,7 +27,7 @@ def on_behalf(tenant: str, work) -> asyncio.Task:
 
 
 async def test_one_tenants_flood_leaves_another_its_turn():
-    workers = Workers(1, "test", max_waiting=100)
+    workers = Workers(1, "test", waiting_for="to be tested", max_waiting=100)
     gate, order = threading.Event(), []
 
     def work(name: str) -> None:
@@ -45,16 +45,40 @@ async def test_one_tenants_flood_leaves_another_its_turn():
 
 
 async def test_so_much_waits_and_what_is_refused_says_so():
-    workers = Workers(1, "test", max_waiting=2)
+    workers = Workers(1, "test", waiting_for="to be tested", max_waiting=2)
     gate = threading.Event()
     tasks = [asyncio.create_task(workers.run(gate.wait)) for _ in range(3)]
     await asyncio.sleep(0)
     assert workers.waiting == 2
-    with pytest.raises(Exhausted, match="2 requests wait for the pruner's test threads") as caught:
+    with pytest.raises(Exhausted, match="2 requests wait to be tested, at a cost of at most 2") as caught:
         await workers.run(gate.wait)
     assert (caught.value.reason, caught.value.retry_after_s) == ("OVERLOADED", 1)
     gate.set()
     await asyncio.gather(*tasks)
+    workers.close()
+
+
+async def test_a_turn_lasts_as_long_as_its_work_and_not_as_its_client():
+    workers = Workers(1, "test", waiting_for="to be tested", max_waiting=10)
+    begun, gate = threading.Event(), threading.Event()
+
+    def work(is_wanted) -> None:
+        begun.set()
+        gate.wait()
+        seen.append(is_wanted())
+
+    seen: list[bool] = []
+    leaves = asyncio.create_task(workers.run_wanted(work))
+    await asyncio.to_thread(begun.wait)
+    leaves.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaves
+    stays = asyncio.create_task(workers.run(lambda: "done"))
+    await asyncio.sleep(0.01)
+    assert workers.waiting == 1  # and is seen to wait, while the thread is at work for nobody
+    gate.set()
+    assert await asyncio.wait_for(stays, 10) == "done"
+    assert seen == [False]
     workers.close()
 
 
@@ -126,7 +150,7 @@ async def test_tenants_comparisons_take_turns_by_their_work_and_so_much_of_it_wa
     tasks += [select("large", 64) for _ in range(6)] + [select("small", 32) for _ in range(8)]
     await asyncio.sleep(0)
     try:
-        with pytest.raises(Exhausted, match="compare threads") as caught:
+        with pytest.raises(Exhausted, match="14 requests wait for tokens to be compared") as caught:
             await asyncio.wait_for(select("large", 64), 5)
     finally:
         gate.set()

@@ -55,6 +55,10 @@ class Tower(Protocol):
     dtype: torch.dtype
     """Of the features."""
 
+    def patches(self, size: tuple[int, int], frames: int | None = None) -> int:
+        """What `prepare` would say that an image of so many pixels (width, height) costs, or `prepare_video`
+        that so many frames do. Knows from the size alone, so that limits come before any pixel."""
+
     def prepare(self, image: Image.Image) -> Prepared:
         """Pixels of an image for the tower. Called on several threads at once."""
 

@@ -51,11 +51,15 @@ class ClipTower:
         # PIL's resize and not torchvision's: they differ in the last bit, and tokens must not
         self._processor = CLIPImageProcessorPil(**settings)
 
+    def patches(self, size: tuple[int, int], frames: int | None = None) -> int:
+        """One view's, whatever the size."""
+        height, width = self._grid
+        return height * width
+
     def prepare(self, image: Image.Image) -> Prepared:
         """One view, (1, 3, h, w)."""
         pixels = self._processor(image, return_tensors="pt")["pixel_values"]
-        height, width = self._grid
-        return Prepared(transfers.pin(pixels, self.device), height * width)
+        return Prepared(transfers.pin(pixels, self.device), self.patches(image.size))
 
     def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
         """Never called: the family takes no video."""

@@ -6,7 +6,8 @@ as attention never leaves a slice.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,6 +26,8 @@ from services.encoder import transfers
 from services.encoder.attention import PACKED, ScoreCapture
 from services.encoder.families import BLANK, EncodedView, Prepared
 
+_IMAGE: Final = "media.image"
+_FRAMES: Final = "media.video.frames[0]"  # all are of one size
 _SMALL_SIDE: Final = 64
 _LARGE_SIDE: Final = 1344
 """Pixels a side of the images to warm up on."""
@@ -58,9 +61,17 @@ class QwenTower:
         self._image_processor = _processor(image_processor_settings(checkpoint.path))
         self._video_processor = _processor(_video_settings(checkpoint.path))
 
+    def patches(self, size: tuple[int, int], frames: int | None = None) -> int:
+        """Of the sides to which the processor would resize, in every slice. Raises InvalidInput."""
+        width, height = size
+        if frames is None:
+            return self._count(self._image_processor, height, width, _IMAGE)
+        slices = -(-frames // int(self._video_processor.temporal_patch_size))
+        return slices * self._count(self._video_processor, height, width, _FRAMES)
+
     def prepare(self, image: Image.Image) -> Prepared:
         """One view; pixels (1, H, W, m², P): for each merged token its m×m patches of P values."""
-        patches, (height, width) = self._patches(self._image_processor, [image], "media.image")
+        patches, (height, width) = self._patches(self._image_processor, image, _IMAGE)
         return self._prepared(patches, height, width)  # a still image repeats within its patch of time
 
     def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
@@ -72,16 +83,21 @@ class QwenTower:
         """
         processor = self._video_processor
         span, side = processor.temporal_patch_size, processor.patch_size
-        patches, (height, width) = self._patches(processor, frames, "media.video.frames[0]")  # (F·n, P)
-        # each frame came as a still image, repeated in time: its first copy is the frame
-        still = patches.view(len(frames), height * width, -1, span, side, side)[:, :, :, 0]  # (F, n, C, p, p)
-        if lacking := -len(frames) % span:
-            still = torch.cat([still, still[-1:].expand(lacking, -1, -1, -1, -1)])
-        slices = still.view(-1, span, *still.shape[1:]).permute(0, 2, 3, 1, 4, 5)  # (T, n, C, span, p, p)
+        slices = torch.empty(0)
+        # one at a time: as images, all frames together would take `span` times the memory
+        for number, frame in enumerate(frames):
+            patches, (height, width) = self._patches(processor, frame, _FRAMES)  # (n, P)
+            # the frame came as a still image, repeated in time: its first copy is the frame
+            still = patches.view(height * width, -1, span, side, side)[:, :, 0]  # (n, C, p, p)
+            if number == 0:
+                count = -(-len(frames) // span)
+                slices = torch.empty(count, *still.shape[:2], span, side, side)  # (T, n, C, span, p, p)
+            slices[number // span, :, :, number % span] = still
+        slices[-1, :, :, number % span + 1 :] = still.unsqueeze(2)  # where the last slice lacks a frame
         layout = encoder_service_pb2.MediaLayout(
             video=True, sampled_frames=range(len(frames)), seconds_per_slice=span / frames_per_second
         )
-        return self._prepared(slices.reshape(-1, patches.shape[1]), height, width, layout)
+        return self._prepared(slices.flatten(0, 1).flatten(1), height, width, layout)
 
     @torch.inference_mode()
     def encode(
@@ -132,14 +148,17 @@ class QwenTower:
         for side in sides:
             self.encode([self.prepare(BLANK.resize((side, side)))], layers, [False])
 
+    def _count(self, processor: Any, height: int, width: int, field: str) -> int:
+        """Patches of an image of so many pixels, once it is resized. Raises InvalidInput."""
+        with _resizable(field):
+            return int(processor.get_number_of_image_patches(height, width))
+
     def _patches(
-        self, processor: Any, images: Sequence[Image.Image], field: str
+        self, processor: Any, image: Image.Image, field: str
     ) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Patches (n, P) of images of one size, in merge order, and the patches down and across each."""
-        try:
-            prepared = processor(images=list(images), return_tensors="pt")
-        except ValueError as error:  # an image too long for its width
-            raise InvalidInput(f"cannot be resized: {error}", field=field) from error
+        """An image's patches (n, P) in merge order, and how many down and across. Raises InvalidInput."""
+        with _resizable(field):
+            prepared = processor(images=[image], return_tensors="pt")
         _, height, width = prepared["image_grid_thw"][0].tolist()
         return prepared["pixel_values"], (height, width)
 
@@ -161,6 +180,14 @@ class QwenTower:
 def load(checkpoint: Checkpoint, paired: Path | None, device: torch.device, dtype: torch.dtype) -> QwenTower:
     """The tower. Raises CheckpointError."""
     return QwenTower(checkpoint, device, dtype)
+
+
+@contextmanager
+def _resizable(field: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # an image too long for its width
+        raise InvalidInput(f"cannot be resized: {error}", field=field) from error
 
 
 def _processor(settings: dict[str, Any]) -> Any:

@@ -68,20 +68,24 @@ class VideoLlavaTowers:
         settings.pop("image_processor_type", None)
         self._processor = VideoLlavaImageProcessor(**settings)
 
+    def patches(self, size: tuple[int, int], frames: int | None = None) -> int:
+        """An image's one view, or the sampled frames' with their CLS, whatever the size."""
+        height, width = self._grid
+        return height * width if frames is None else len(sampled_frames(frames)) * (height * width + 1)
+
     def prepare(self, image: Image.Image) -> Prepared:
         """One view, (1, 3, h, w)."""
-        height, width = self._grid
-        return Prepared(self._pinned(self._pixels([image])), height * width)
+        return Prepared(self._pinned(self._pixels([image])), self.patches(image.size))
 
     def prepare_video(self, frames: Sequence[Image.Image], frames_per_second: float) -> Prepared:
         """8 views, (8, 3, h, w); the layout says of which frames. The model knows no rate."""
-        height, width = self._grid
         chosen = sampled_frames(len(frames))
         distinct = sorted(set(chosen))
         pixels = self._pixels([frames[number] for number in distinct])
         pixels = pixels[[distinct.index(number) for number in chosen]]
         layout = encoder_service_pb2.MediaLayout(video=True, sampled_frames=chosen)
-        return Prepared(self._pinned(pixels), len(chosen) * (height * width + 1), layout)
+        cost = self.patches(frames[0].size, len(frames))
+        return Prepared(self._pinned(pixels), cost, layout)
 
     def _pinned(self, pixels: torch.Tensor) -> torch.Tensor:
         return transfers.pin(pixels, self.device)

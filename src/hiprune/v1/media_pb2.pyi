@@ -65,7 +65,8 @@ class Video(_message.Message):
     @_builtins.property
     def frames(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """Encoded images in time order, each as in Media.image; all of one pixel size; 1 up to the service's max_frames
-        (default 64), together at most its max_video_bytes (64 MiB) and max_video_pixels (150 million).
+        (default 64), together at most its max_video_bytes (64 MiB), its max_video_pixels (150 million), and, once
+        resized, the tower's max_item_patches (65536).
         """
 
     def __init__(

@@ -1,16 +1,18 @@
 """Threads at which tenants take turns: for work that would hold up the event loop, and everybody with it.
 
 Knows whose the current request is; knows nothing of the work. Cancelled, work that has not begun never does;
-what has begun goes on to its end, or to where it looks whether anybody still wants it.
+what has begun goes on to its end, or to where it looks whether anybody still wants it, and has its turn for
+as long: nobody else's work waits behind it unseen.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from hiprune import auth, telemetry
 from hiprune.errors import Exhausted
@@ -19,12 +21,17 @@ from hiprune.fairness import Turns
 Result = TypeVar("Result")
 
 
+class Abandoned(Exception):
+    """Raised by work that has looked and found nobody who wants its result."""
+
+
 class Workers:
     """A few threads, and a queue before them in which one tenant's flood does not hold up another."""
 
-    def __init__(self, threads: int, name: str, *, max_waiting: int) -> None:
-        """`max_waiting` bounds the cost of all that waits."""
+    def __init__(self, threads: int, name: str, *, waiting_for: str, max_waiting: int) -> None:
+        """`max_waiting` bounds the cost of all that waits; `waiting_for` ends "17 requests wait …"."""
         self._name = name
+        self._waiting_for = waiting_for
         self._max_waiting = max_waiting
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix=name)
         self._turns = Turns(threads, max_waiting, self._full)
@@ -41,8 +48,21 @@ class Workers:
 
     async def run(self, work: Callable[[], Result], cost: int = 1) -> Result:
         """The result of `work()`, once it is the current tenant's turn. Raises Exhausted, as `work`."""
-        async with self._turns.take(auth.current().tenant.name, cost):
-            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        await self._turns.acquire(auth.current().tenant.name, cost)
+        loop = asyncio.get_running_loop()
+
+        def release(_: Future[Any]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and with it all turns
+                loop.call_soon_threadsafe(self._turns.release)
+
+        try:
+            running = self._threads.submit(work)
+        except RuntimeError:  # after `close`
+            self._turns.release()
+            raise
+        # by the thread's own end, and not by ours: we may be cancelled before
+        running.add_done_callback(release)
+        return await asyncio.wrap_future(running)
 
     async def run_wanted(self, work: Callable[[Callable[[], bool]], Result], cost: int = 1) -> Result:
         """As `run`, of work that is given a way to ask whether its result is still wanted."""
@@ -58,7 +78,7 @@ class Workers:
 
     def _full(self) -> Exhausted:
         return Exhausted(
-            f"{self._turns.waiting} requests wait for the pruner's {self._name} threads, at a cost of "
-            f"at most {self._max_waiting} together",
+            f"{self._turns.waiting} requests wait {self._waiting_for}, at a cost of at most "
+            f"{self._max_waiting} together",
             retry_after_s=1,
         )
