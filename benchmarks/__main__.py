@@ -39,8 +39,8 @@ SUITE: Final = (
     "gateway",
     "telemetry",
 )
-"""What `make bench` measures. Apart: full_size, which wants 24 GB; chaos, containers, engines, evaluation and
-soak, which have targets of their own in the Makefile."""
+"""What `make bench` measures. Apart: full_size, which wants 24 GB; engines, evaluation and soak, which have
+targets of their own in the Makefile; containers, which `make smoke` measures; chaos, which its tests do."""
 
 WITHOUT_DEVICE: Final = ("shared_memory",)
 """What no device changes, measured where no other is asked for."""

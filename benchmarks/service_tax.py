@@ -74,7 +74,9 @@ class OneProcess:
             "",
             media="media",
         )
-        visual = await asyncio.to_thread(self._see, image)
+        # on the language model's own thread: a second one would bring a second team of torch's, which waits
+        # for the first to rest, as no pipeline in one process would be written
+        visual = await asyncio.get_running_loop().run_in_executor(model.engine._pool, self._see, image)
         text = ""
         async for event in model.answer(request, [visual], clock):
             if isinstance(event, llm_service_pb2.TextDelta):

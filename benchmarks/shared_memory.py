@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import hashlib
 import mmap
+import operator
 import os
 import subprocess
 import sys
@@ -30,7 +32,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks import report
+from benchmarks import plots, report
 from hiprune import tensors
 from hiprune.calls import MAX_MESSAGE_BYTES, connect
 from hiprune.checkpoints import open_checkpoint
@@ -324,6 +326,28 @@ def measure_case(hop: Hop, case: Case, count: int, warm_up: int) -> dict[str, An
     }
 
 
+def draw(results: dict[str, Any], name: str) -> None:
+    """The plot."""
+    megabytes = [found["bytes"] / 1e6 for found in results.values()]
+
+    def line(*keys: str) -> list[tuple[float, float]]:
+        values = [functools.reduce(operator.getitem, keys, found)["median"] for found in results.values()]
+        return list(zip(megabytes, values, strict=True))
+
+    hop = {
+        "inline": line("inline_ms"),
+        "segment": line("shared_ms"),
+        "one copy": line("steps_ms", "memcpy to new memory"),
+    }
+    held = {"inline": line("loop_stall_inline_ms"), "segment": line("loop_stall_shared_ms")}
+    common: Any = {"x": "answer, MB", "y": "ms", "log_x": True, "log_y": True, "ticks": [1, 3, 10, 30, 67]}
+    panels = [
+        plots.Panel(title="encoder to pruner, a third taken", lines=hop, **common),
+        plots.Panel(title="the pruner's event loop is held", lines=held, **common),
+    ]
+    plots.plot(name, panels)
+
+
 def main() -> None:
     """Measures, prints and writes."""
     parser = argparse.ArgumentParser(
@@ -361,6 +385,7 @@ def main() -> None:
         ("step", "ms"),
         [(name, found["median"]) for name, found in last["steps_ms"].items()],
     )
+    draw(results, options.name)
     settings = {
         "pairs": options.pairs,
         "warm_up": options.warm_up,

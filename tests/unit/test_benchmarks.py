@@ -6,6 +6,7 @@ No timing is asserted here, and no benchmark runs at its size.
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import json
 import os
 import shutil
@@ -142,7 +143,7 @@ def test_a_result_says_when_where_and_with_what(tmp_path: Path, monkeypatch: pyt
     assert content["settings"] == {"pairs": 3}
     assert content["targets"] == [target]
     assert content["hardware"]["cores"] >= 1
-    assert content["versions"]["torch"] == torch.__version__
+    assert content["versions"]["torch"] == importlib.metadata.version("torch")
     with pytest.raises(ValueError):
         report.write("service_tax", "a claim", {}, {"ratio": float("nan")})
 
@@ -415,18 +416,20 @@ class Scripted(encoder_service_pb2_grpc.EncoderServiceServicer):
 
     def __init__(self, offline: encoder_load.Offline) -> None:
         self._offline = offline
-        self.script: list[tuple[int, int] | Exception] = []
+        self.script: list[tuple[int, int | None] | Exception] = []
 
     async def EncodeImage(self, request: Any, context: Any) -> encoder_service_pb2.EncodeImageResponse:
         step = self.script.pop(0)
         if isinstance(step, Exception):
             raise step
-        view, scored = (self._offline.references[which] for which in step)
+        which, scored = step
+        view = self._offline.references[which]
+        scores_of = {} if scored is None else self._offline.references[scored].scores
         message = encoder_service_pb2.View(
             features=tensors.to_proto(view.features),
             attention=[
                 encoder_service_pb2.LayerAttention(layer=layer, scores=tensors.to_proto(scores))
-                for layer, scores in scored.scores.items()
+                for layer, scores in scores_of.items()
             ],
         )
         return encoder_service_pb2.EncodeImageResponse(views=[message])
@@ -436,7 +439,8 @@ async def test_an_answer_is_right_or_wrong_and_a_refusal_says_when_to_retry(serv
     offline = encoder_load.Offline(EMBEDDED_MODEL, "cpu")
     assert offline.smallest_difference() > 10 * encoder_load.TOLERANCE["cpu"]
     servicer = Scripted(offline)
-    answers = [(0, 0), (1, 0), (0, 1)]  # another image's features, another image's scores
+    # right; another image's features, another image's scores, and none
+    answers = [(0, 0), (1, 0), (0, 1), (0, None)]
     failures = [Exhausted("full", retry_after_s=1), Exhausted("full"), Internal("broken")]
     servicer.script = [*answers, *failures]
     channel: grpc.aio.Channel = await serve(
@@ -444,16 +448,16 @@ async def test_an_answer_is_right_or_wrong_and_a_refusal_says_when_to_retry(serv
     )
     stub = encoder_service_pb2_grpc.EncoderServiceStub(channel)
     tally = encoder_load.Tally()
-    for _ in range(6):
+    for _ in range(7):
         await encoder_load.ask(stub, offline, 0, 0.0, tally, encoder_load.TOLERANCE["cpu"])
     assert tally.outcomes == {
         "answered": 1,
-        "wrong": 2,
+        "wrong": 3,
         "refused": 1,
         "failed: RESOURCE_EXHAUSTED": 1,
         "failed: INTERNAL": 1,
     }
-    assert tally.lost() == 4
+    assert tally.lost() == 5
 
 
 def test_a_batch_encodes_as_one_image_alone_does() -> None:
