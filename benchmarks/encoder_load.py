@@ -381,7 +381,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="of the service and the offline loop, in turn")
     parser.add_argument("--offline-images", type=int, help="in an offline loop; default: 12, on cuda 512")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--batches", type=int, nargs="+", help="default: 1 2 4 8, on cuda to 28")
     parser.add_argument(
         "--service-batch", type=int, help="images in the service's batches; default: its own setting"
     )
@@ -396,6 +396,7 @@ def main() -> None:
     options.images = options.images or (32 if on_cpu else 512)
     options.offline_images = options.offline_images or (12 if on_cpu else 512)
     options.saturation_images = options.saturation_images or (256 if on_cpu else 4096)
+    options.batches = options.batches or ([1, 2, 4, 8] if on_cpu else [1, 2, 4, 8, 16, 28])
     results = {}
     with checkpoints.temporary() as folder:
         for loop, vision, measure in (

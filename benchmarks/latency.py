@@ -69,8 +69,8 @@ _M_ARENA_MAX: Final = -8  # malloc.h
 TOWER_OF: Final = {"none": "without", "random": "without", "hiprune": "with_scores", "hiprune++": "aligned"}
 """What of `vision_ms` a method needs."""
 QUESTION: Final = "what color is the large circle to the left of the small square ?"
-AT_ONCE: Final = {"cpu": (1, 2, 4), "cuda": (1, 4, 8, 16)}
-NEW_TOKENS: Final = {"cpu": 8, "cuda": 64}
+AT_ONCE: Final = {"cpu": (1, 2, 4), "cuda": (1, 4, 16)}
+NEW_TOKENS: Final = {"cpu": 8, "cuda": 32}
 SHAPES: Final[dict[str, Callable[[], Any]]] = {
     "0.5b": lambda: checkpoints.llava(checkpoints.CLIP_L_336, checkpoints.qwen2_0_5b()),
     "7b": lambda: checkpoints.llava(checkpoints.CLIP_L_336, checkpoints.llama_7b()),
@@ -117,7 +117,8 @@ class Pipeline:
         self.tower = load_tower(self.checkpoint, paired, torch.device(device), report.dtype_on(device))
         self.text = PairedTextEncoder(paired)
         self.layers = {self.checkpoint.facts.object_layer, self.checkpoint.facts.deep_layer}
-        self.tower.warm_up(self.layers)
+        for layers in (self.layers, set[int]()):  # with scores and without
+            self.tower.warm_up(layers)
         side = int(self.checkpoint.config["vision_config"]["image_size"])
         self.picture = self.tower.prepare(Image.effect_noise((side, side), 64).convert("RGB"))
         ((self.encoded,),) = self.tower.encode([self.picture], self.layers, [True])
@@ -365,12 +366,14 @@ def main() -> None:
     """Writes a checkpoint, measures, prints and writes."""
     parser = report.parser(__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), help="default: 0.5b, on cuda 7b")
-    parser.add_argument("--rounds", type=int, help="default: 3, on cuda 10")
+    parser.add_argument("--rounds", type=int, help="default: 3, on cuda 5")
+    parser.add_argument("--at-once", type=int, nargs="+", help="questions; default: 1 2 4, on cuda 1 4 16")
+    parser.add_argument("--new-tokens", type=int, help="an answer's; default: 8, on cuda 32")
     options = parser.parse_args()
     device = options.device
     shape = options.shape or ("0.5b" if device == "cpu" else "7b")
-    rounds = options.rounds or (3 if device == "cpu" else 10)
-    at_once, new_tokens = AT_ONCE[device], NEW_TOKENS[device]
+    rounds = options.rounds or (3 if device == "cpu" else 5)
+    at_once, new_tokens = options.at_once or AT_ONCE[device], options.new_tokens or NEW_TOKENS[device]
     with checkpoints.temporary() as folder:
         path = checkpoints.write_llava(folder / "model", SHAPES[shape]())
         paired = checkpoints.write_clip(folder / "clip")

@@ -31,6 +31,7 @@ from hiprune.checkpoints import open_checkpoint
 from hiprune.costs import TowerShape
 from hiprune.families import facts_of
 from hiprune.loading import load_part
+from services.encoder import transfers
 from services.encoder.attention import ScoreCapture
 from services.encoder.families import load_tower
 
@@ -153,12 +154,13 @@ class Ways:
             layers = self._layers if way == "captured" else frozenset()
             return lambda: self._tower.encode([self._item], layers, [False])
         model = self._stock("eager" if way == "eager" else "sdpa")
-        pixels = self._item.pixels.flatten(0, -2)  # (n, P)
+        pixels = [self._item.pixels.flatten(0, -2)]  # (n, P)
+        device = torch.device(self._device)
 
         @torch.inference_mode()
         def work() -> object:
             # as the encoder's: the pixels come from the CPU, the features go there
-            output = model(pixels.to(self._device, self._dtype), grid_thw=self._grid)
+            output = model(transfers.to_device(pixels, device, self._dtype), grid_thw=self._grid)
             return output.pooler_output.cpu()
 
         return work

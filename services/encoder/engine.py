@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Final
 
-from hiprune import auth, telemetry
+from hiprune import auth, devices, telemetry
 from hiprune.errors import InvalidInput
 from hiprune.telemetry import Note, StageClock, stage
 from hiprune.v1 import encoder_service_pb2, media_pb2
@@ -50,6 +50,7 @@ class VisionEngine:
 
     def __init__(self, tower: Tower, settings: Settings) -> None:
         self._tower = tower
+        self._watch = devices.Watch(tower.device)
         self._limits = ImageLimits(
             max_bytes=settings.max_image_bytes,
             max_pixels=settings.max_image_pixels,
@@ -107,6 +108,10 @@ class VisionEngine:
             layer = {"hiprune.layer": note.layer}
             telemetry.record("capture", note.started_s, note.seconds, attributes=layer, parent=vision)
         return views
+
+    async def failed(self) -> str:
+        """See `hiprune.server.CanFail`."""
+        return await self._watch.failed()
 
     async def close(self) -> None:
         """Finishes what is queued."""
@@ -170,6 +175,11 @@ class VisionEngine:
         telemetry.observe("hiprune.batch.items", len(jobs))
         telemetry.observe("hiprune.batch.patches", sum(job.prepared.patches for job in jobs))
         layers = frozenset().union(*(job.layers for job in jobs))
+        wanted = [job.prepared for job in jobs], layers, [job.aligned for job in jobs]
         with telemetry.noting() as captured:
-            items = self._tower.encode([job.prepared for job in jobs], layers, [job.aligned for job in jobs])
+            try:
+                items = self._tower.encode(*wanted)
+            except RuntimeError:
+                self._watch.look()
+                raise
         return [(views, captured) for views in items]

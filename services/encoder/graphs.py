@@ -32,16 +32,21 @@ class GraphedForward:
     def __init__(self, forward: Forward, example: Tensor) -> None:
         """Records `forward` on the shape of `example`. Raises RuntimeError for what cannot be recorded."""
         self._input = example.clone()
-        stream: Any = torch.cuda.Stream(example.device)  # type: ignore[no-untyped-call]  # untyped upstream
-        stream.wait_stream(torch.cuda.current_stream(example.device))
+        # a recording is of the current device, whatever stream it is told
+        with torch.cuda.device(example.device):
+            self._graph, self._output = self._record(forward, example.device)
+
+    def _record(self, forward: Forward, device: torch.device) -> tuple[Any, tuple[Tensor, ...]]:
+        stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped upstream
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
                 forward(self._input)
-        torch.cuda.current_stream(example.device).wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
         # other threads may pin memory meanwhile, which a global recording would take for its own
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._output = forward(self._input)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            return graph, forward(self._input)
 
     def __call__(self, value: Tensor) -> tuple[Tensor, ...]:
         """`forward(value)`, in tensors that the next call overwrites."""

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 import grpc
 import torch
 
-from hiprune import checkpoints, tensors
+from hiprune import checkpoints, devices, tensors
 from hiprune.checkpoints import Checkpoint
 from hiprune.config import ConfigError
+from hiprune.errors import Unavailable
 from hiprune.intake import SMALL_REQUEST
 from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc
 from services.encoder.engine import VisionEngine
@@ -42,6 +43,12 @@ class EncoderService:
         self._engine = VisionEngine(tower, self._settings)
         self._servicer.equip(checkpoint, fingerprint, self._engine)
 
+    async def failed(self) -> str:
+        """See `hiprune.server.CanFail`."""
+        if self._engine is None:
+            raise Unavailable("the vision tower is loading", reason="NOT_READY", retry_after_s=1)
+        return await self._engine.failed()
+
     async def stop(self) -> None:
         """Finishes what is queued, and takes back what is lent."""
         if self._engine is not None:
@@ -61,9 +68,7 @@ def _load(settings: Settings) -> tuple[Checkpoint, encoder_service_pb2.ModelFing
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device, dtype = choose_device(settings)
-    if settings.gpu_memory_fraction and device.type == "cuda":
-        # torch's own bound on what it allocates: beyond it a forward fails, and not the neighbour's
-        torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction, device.index)
+    devices.bound_memory(device, settings.gpu_memory_fraction)
     checkpoint = checkpoints.open_checkpoint(settings.model)
     paired = checkpoints.locate_paired(settings.paired_model, checkpoint)
     facts = checkpoint.facts

@@ -41,9 +41,3 @@ def place(device: str, dtype: str, stored: Any) -> Placement:
         because = "the checkpoint's own"
     log.info("device %s (%s), dtype %s (%s)", chosen, why, precision, because)
     return Placement(chosen, precision)
-
-
-def bound_memory(placement: Placement, share: float) -> None:
-    """Bounds what torch allocates in this process to a share of the GPU's memory; 0, or a CPU: no bound."""
-    if share and placement.device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(share, placement.device.index)

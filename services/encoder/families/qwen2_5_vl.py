@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -33,6 +35,23 @@ _LARGE_SIDE: Final = 1344
 """Pixels a side of the images to warm up on."""
 
 
+class LinearPatches(nn.Module):
+    """The tower's first layer as one matrix product.
+
+    Stock has it as a convolution in three dimensions whose steps are as wide as its kernel: decision 29 says
+    what cuDNN makes of that.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """weight: the convolution's (D, C, T, p, p)."""
+        super().__init__()
+        self.weight = nn.Parameter(weight.flatten(1), requires_grad=False)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(n, C·T·p·p) to (n, D)."""
+        return functional.linear(patches.to(self.weight.dtype), self.weight)
+
+
 class QwenTower:
     """The vision tower with its merger."""
 
@@ -50,6 +69,8 @@ class QwenTower:
             key_mapping={facts.vision_keys.pattern: ""},
             dtype=dtype,
         ).to(device)
+        if device.type == "cuda":
+            self.model.patch_embed = LinearPatches(self.model.patch_embed.proj.weight)
         # without it, every layer would ask the device for its longest segment, and wait
         self.model.config._attn_implementation_internal = PACKED
         # Blocks of windows too: a token then scores what it receives from its own window, as no attention

@@ -1,12 +1,18 @@
-"""Claims about sharing a GPU's memory: what torch is asked for. Needs no GPU: torch is faked at the seam."""
+"""Claims about a GPU: what torch is told, and when it is given up. Needs none: torch is faked at the seam."""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from hiprune.config import ConfigError
+from hiprune import checkpoints, devices
+from hiprune.config import EMBEDDED_MODEL, ConfigError
 from services.encoder import process as encoder
+from services.encoder.engine import VisionEngine
+from services.encoder.families import load_tower
 from services.encoder.settings import Settings as EncoderSettings
 from services.llm import process as llm
 from services.llm.placement import Placement
@@ -83,3 +89,61 @@ def test_torch_takes_such_a_bound_with_and_without_a_number_of_the_gpu() -> None
     for index in (None, 0):
         with pytest.raises((RuntimeError, AssertionError), match=r"(?i)cuda|driver"):
             torch.cuda.set_per_process_memory_fraction(0.5, index)
+
+
+@pytest.fixture
+def told() -> Iterator[None]:
+    """Leaves what torch is told as it was."""
+    before = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", False), ("cpu", True)])
+def test_a_tower_on_a_gpu_is_loaded_where_torch_plans_no_shape_and_rounds_nothing(
+    monkeypatch: pytest.MonkeyPatch, told: None, device: str, expected: bool
+) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    torch.backends.cudnn.allow_tf32 = True
+    checkpoint = checkpoints.open_checkpoint(str(EMBEDDED_MODEL))
+    found: list[bool] = []
+
+    def load(*_: object) -> None:
+        found.extend((torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.allow_tf32))
+
+    monkeypatch.setattr("services.encoder.families.llava.load", load)
+    load_tower(checkpoint, None, torch.device(device), torch.bfloat16)
+    assert found == [expected, expected]
+
+
+async def test_an_encoder_whose_gpu_is_lost_says_so_and_one_whose_memory_is_full_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(devices, "_LOOK_EVERY_S", 0.001)
+    lost: list[str] = []
+
+    def synchronize(device: torch.device) -> None:
+        if lost:
+            raise RuntimeError(f"CUDA error: {lost[0]}\nand how to debug it")
+
+    class Tower:
+        device = torch.device("cuda", 1)
+
+        def encode(self, *_: object) -> None:
+            raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    engine = VisionEngine(Tower(), EncoderSettings())  # type: ignore[arg-type]
+    for reason in ("", "an illegal memory access was encountered"):
+        lost.extend([reason] if reason else [])
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine._run([])
+        failing = asyncio.create_task(engine.failed())
+        await asyncio.sleep(0.02)
+        assert failing.done() is bool(reason)
+        if not reason:
+            failing.cancel()
+    assert failing.result() == f"cuda:1 takes no more work: CUDA error: {lost[0]}"
+
+    await engine.close()
