@@ -2,9 +2,10 @@
 
     python -m benchmarks [--device cuda] [--minutes N] [NAME ...]
 
-A NAME is a benchmark's module, with options in quotes where it takes some: "service_tax --size 0.5b". Without
-names: all that suit the device, what matters most first. After `--minutes` nothing new is begun and what runs
-is ended, for a machine that is there for so long: what was measured by then is written.
+A NAME is the module of a benchmark that takes a device, or `shared_memory`, which knows none; in quotes where
+it takes options: "service_tax --size 0.5b". Without names: all that suit the device, what matters most first.
+After `--minutes` nothing new is begun and what runs is ended, for a machine that is there for so long: what
+was measured to its end by then is written.
 """
 
 from __future__ import annotations

@@ -318,7 +318,9 @@ def write(
         "results": results,
     }
     text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", "utf-8")
+    whole = path.with_suffix(".new")
+    whole.write_text(text + "\n", "utf-8")
+    whole.replace(path)  # who is ended while it writes leaves no half of it
     return path
 
 

@@ -97,6 +97,8 @@ class MicroBatcher(Generic[Item, Result]):
     ) -> Outcome[Result]:
         """The outcome of an owner's `item`, once its batch has run; `on_start` is called when that starts.
 
+        A batch that fails starts again, item by item.
+
         Raises `Exhausted` (OVERLOADED) when the queue is full, or when the item has to make room in it;
         `Unavailable` after `close`; and whatever `run` raised for the item alone. Cancelled before its batch
         starts, an item never reaches `run`; later, its result is dropped.
@@ -167,10 +169,10 @@ class MicroBatcher(Generic[Item, Result]):
         """The next batch: nothing overtakes an item that does not fit, or it might never be its turn."""
         batch: list[_Job[Item, Result]] = []
         room = self._max_batch_cost
+        # who has left, and did not get to take its item out yet
+        self._waiting.discard(lambda job: job.future.done())
         while self._waiting and (not batch or self._waiting.next_cost() <= room):
             job = self._waiting.pop()
-            if job.future.done():  # its submitter has left, and did not get to take it out yet
-                continue
             batch.append(job)
             room -= job.cost
         return batch

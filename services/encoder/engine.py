@@ -79,8 +79,11 @@ class VisionEngine:
         """The views of one image or video. Raises InvalidInput (`media.…`), Exhausted."""
         owner = auth.current().tenant.name
         with stage("preprocess"):
-            self._batcher.check_room(owner)  # nothing is decoded that would find none
-            prepared = await self._decoders.run_wanted(functools.partial(self._prepare, media))
+            prepared = await self._decoders.run_wanted(
+                functools.partial(self._prepare, media),
+                # nothing is decoded that would find no room, but for what others being decoded take
+                check=lambda: self._batcher.check_room(owner),
+            )
         job = _Job(prepared, frozenset(layers), aligned)
         return Encoded(await self._see(job, owner, clock), prepared.layout)
 

@@ -108,8 +108,9 @@ class EncoderServicer(encoder_service_pb2_grpc.EncoderServiceServicer):
             else:
                 _fill(response, encoded, request, None)
             return
-        # a client that has gone takes nothing; one that has its answer may yet, for as long as it would wait
-        context.add_done_callback(lambda ended: self._lender.end(loan) if ended.cancelled() else None)
+        # a client that has gone takes nothing; one that has its answer may yet, for as long as it would wait.
+        # Not `cancelled`, which grpc.aio never says here
+        context.add_done_callback(lambda ended: None if ended.done() else self._lender.end(loan))
         left = deadlines.remaining_s()
         loop.call_later(self._call_s if left is None else left, self._lender.end, loan)
         try:

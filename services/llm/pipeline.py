@@ -18,6 +18,7 @@ import torch
 from hiprune import auth, telemetry
 from hiprune.checkpoints import Checkpoint
 from hiprune.costs import TextShape, prefill_flops
+from hiprune.devices import Watch
 from hiprune.errors import InvalidInput, NotFound, Unavailable
 from hiprune.v1 import llm_service_pb2, pruner_service_pb2
 from services.llm.chat import Chat
@@ -58,6 +59,7 @@ class LanguageModel:
     limits: Limits
     max_new_tokens: int
     slots: Slots
+    watch: Watch
     adapters: Sequence[str] = ()
     """Names of LoRA adapters that may answer in the model's place."""
 
@@ -97,7 +99,8 @@ class LanguageModel:
         Raises InvalidInput, Unavailable.
         """
         with telemetry.stage("project"):
-            prompt = await asyncio.to_thread(self._assemble, request.prompt, media)
+            async with self.watch.looking():
+                prompt = await asyncio.to_thread(self._assemble, request.prompt, media)
         length = len(prompt.embeddings)
         self._check_length(length)
         room = self.engine.context_length - length
@@ -115,7 +118,7 @@ class LanguageModel:
             owner=auth.current().tenant.name,
             adapter=request.adapter,
         )
-        async with aclosing(self.engine.generate(job)) as steps:
+        async with self.watch.looking(), aclosing(self.engine.generate(job)) as steps:
             async for token, cached in steps:  # noqa: B007  # the last one counts
                 if not generated:
                     telemetry.first_token()

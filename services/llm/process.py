@@ -68,12 +68,16 @@ class LlmService:
             await self._model.engine.stop()
 
     async def failed(self) -> str:
-        """See `hiprune.server.CanFail`: an engine apart may end by itself."""
-        engine = self.loaded().engine
-        if isinstance(engine, CanFail):
-            return await engine.failed()
-        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        return await never
+        """See `hiprune.server.CanFail`: a GPU may be lost, and an engine apart may end by itself."""
+        model = self.loaded()
+        parts = [part for part in (model.watch, model.engine) if isinstance(part, CanFail)]
+        waiting = [asyncio.create_task(part.failed()) for part in parts]
+        try:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            return done.pop().result()
+        finally:
+            for task in waiting:
+                task.cancel()
 
     def request_bytes(self) -> Mapping[str, int]:
         """See `hiprune.server.Service`: a conversation with media, or with all rows that fit a prompt."""
@@ -142,6 +146,7 @@ def load(settings: Settings) -> LanguageModel:
         ),
         max_new_tokens=settings.max_new_tokens,
         slots=Slots(settings.max_concurrency, settings.max_queue),
+        watch=devices.Watch(placement.device),
         adapters=tuple(each.name for each in loras),
     )
 

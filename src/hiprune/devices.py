@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Final
 
 import torch
@@ -29,11 +31,11 @@ def settle(device: torch.device) -> None:
     """Tells torch, for the whole process, which of its kernels models on a GPU are to use.
 
     Not cuDNN's attention, which it prefers on Hopper: that makes a plan for each new shape and thread, and
-    each decoded token is a new length. And no TF32 for float32, in convolutions neither: decision 29.
+    each decoded token is a new length. And no TF32 for float32, which it takes for convolutions: decision 29.
     """
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 class Watch:
@@ -52,6 +54,15 @@ class Watch:
         except RuntimeError as error:
             self._reason = f"{self._device} takes no more work: {str(error).splitlines()[0]}"
             log.error("%s", self._reason)
+
+    @asynccontextmanager
+    async def looking(self) -> AsyncIterator[None]:
+        """Looks after an error of the block's, on a thread: what else runs there may take a while to end."""
+        try:
+            yield
+        except RuntimeError:
+            await asyncio.to_thread(self.look)
+            raise
 
     async def failed(self) -> str:
         """See `hiprune.server.CanFail`."""

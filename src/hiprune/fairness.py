@@ -86,6 +86,12 @@ class FairQueue(Generic[Item]):
                 return True
         return False
 
+    def discard(self, is_gone: Callable[[Item], bool]) -> None:
+        """Takes out, at no cost to anybody, what `is_gone` says so of."""
+        for owner, line in list(self._lines.items()):
+            for item, _ in [entry for entry in line if is_gone(entry[0])]:
+                self.remove(owner, item)
+
     def has_room(self, owner: str, cost: int, most: int) -> bool:
         """Whether `make_room` would let `cost` of an owner's in; nothing is taken out."""
         return self._victims(owner, cost, most) is not None

@@ -46,8 +46,14 @@ class Workers:
         """How much work waits for its turn."""
         return self._turns.waiting
 
-    async def run(self, work: Callable[[], Result], cost: int = 1) -> Result:
-        """The result of `work()`, once it is the current tenant's turn. Raises Exhausted, as `work`."""
+    async def run(
+        self, work: Callable[[], Result], cost: int = 1, *, check: Callable[[], None] = lambda: None
+    ) -> Result:
+        """The result of `work()`, once it is the current tenant's turn. Raises Exhausted, as `work`.
+
+        `check` raises, on the event loop, where the work is of no use: before it waits, and at its turn.
+        """
+        check()
         await self._turns.acquire(auth.current().tenant.name, cost)
         loop = asyncio.get_running_loop()
 
@@ -56,19 +62,28 @@ class Workers:
                 loop.call_soon_threadsafe(self._turns.release)
 
         try:
+            check()
             running = self._threads.submit(work)
-        except RuntimeError:  # after `close`
+        except Exception:  # also what `submit` raises after `close`
             self._turns.release()
             raise
-        # by the thread's own end, and not by ours: we may be cancelled before
+        result = asyncio.wrap_future(running)
+        # by the thread's own end, and not by ours, as we may be cancelled before; and behind the result, so
+        # that what its owner does with it at once is done before the next one's `check`
         running.add_done_callback(release)
-        return await asyncio.wrap_future(running)
+        return await result
 
-    async def run_wanted(self, work: Callable[[Callable[[], bool]], Result], cost: int = 1) -> Result:
+    async def run_wanted(
+        self,
+        work: Callable[[Callable[[], bool]], Result],
+        cost: int = 1,
+        *,
+        check: Callable[[], None] = lambda: None,
+    ) -> Result:
         """As `run`, of work that is given a way to ask whether its result is still wanted."""
         left = threading.Event()
         try:
-            return await self.run(lambda: work(lambda: not left.is_set()), cost)
+            return await self.run(lambda: work(lambda: not left.is_set()), cost, check=check)
         finally:
             left.set()
 

@@ -29,6 +29,7 @@ from hiprune.v1 import encoder_service_pb2_grpc, media_pb2, pruner_service_pb2_g
 from hiprune.v1 import pruner_service_pb2 as pb
 from hiprune.workers import Workers
 from services.encoder.process import EncoderService
+from services.encoder.service import EncoderServicer
 from services.encoder.settings import Settings as EncoderSettings
 from services.pruner.process import PrunerService
 from services.pruner.settings import Settings as PrunerSettings
@@ -350,9 +351,9 @@ async def test_an_answer_that_nobody_waits_for_any_more_leaves_no_segment(inside
     await inside.pruner.PruneImage(prune_request())  # which learns the probe
     arrived, run = asyncio.Event(), Workers.run
 
-    async def busy(workers, work, cost=1):
+    async def busy(workers, work, cost=1, **rest):
         if "_ask" not in getattr(work, "__qualname__", ""):
-            return await run(workers, work, cost)
+            return await run(workers, work, cost, **rest)
         arrived.set()  # with a segment, and all threads have other work
         await asyncio.sleep(60)
         raise AssertionError
@@ -364,6 +365,23 @@ async def test_an_answer_that_nobody_waits_for_any_more_leaves_no_segment(inside
         await gone(inside.directory)
     finally:
         call.cancel()
+
+
+async def test_a_call_that_is_cancelled_before_its_answer_has_gone_leaves_no_segment(inside, monkeypatch):
+    token = await token_of(inside)
+    lent, add_views = asyncio.Event(), EncoderServicer._add_views
+
+    async def slow(*args):
+        await add_views(*args)
+        lent.set()
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(EncoderServicer, "_add_views", slow)
+    call = inside.encoder.EncodeImage(encode_request(shared_memory_token=token))
+    await asyncio.wait_for(lent.wait(), 20)
+    assert left_in(inside.directory)
+    call.cancel()
+    await gone(inside.directory)
 
 
 async def test_a_call_that_fails_late_leaves_no_segment(inside, monkeypatch):

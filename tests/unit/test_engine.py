@@ -136,7 +136,7 @@ async def test_nobodys_frames_are_decoded_to_their_end(monkeypatch: pytest.Monke
     def decode(outline, *, field):
         decoded.append(field)
         begun.set()
-        gate.wait()
+        gate.wait(20)
         return images.decode(outline, field=field)
 
     monkeypatch.setattr(engines, "decode", decode)
@@ -162,7 +162,7 @@ async def test_nothing_is_decoded_that_would_find_no_room(monkeypatch: pytest.Mo
     class Busy(Tower):
         def encode(self, items, layers, aligned):
             entered.set()
-            gate.wait()
+            gate.wait(20)
             return super().encode(items, layers, aligned)
 
     engine = VisionEngine(Busy(patches=576), Settings(max_queue_patches=576, max_wait_ms=0))
@@ -183,6 +183,43 @@ async def test_nothing_is_decoded_that_would_find_no_room(monkeypatch: pytest.Mo
     gate.set()
     await asyncio.gather(runs, waits)
     await engine.close()
+
+
+async def test_of_a_burst_no_more_is_decoded_than_finds_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, gate, decoded = threading.Event(), threading.Event(), []
+
+    class Busy(Tower):
+        def encode(self, items, layers, aligned):
+            entered.set()
+            gate.wait(20)
+            return super().encode(items, layers, aligned)
+
+    def decode(outline, *, field):
+        decoded.append(field)
+        return images.decode(outline, field=field)
+
+    monkeypatch.setattr(engines, "decode", decode)
+    settings = Settings(max_queue_patches=2 * 576, max_wait_ms=0, decode_threads=1)
+    engine = VisionEngine(Busy(patches=576), settings)
+
+    def encode() -> asyncio.Task:
+        image = media_pb2.Media(image=frame())
+        return asyncio.create_task(engine.encode(image, [], aligned=False, clock=start_clock()))
+
+    runs = encode()
+    await asyncio.to_thread(entered.wait, 20)
+    burst = [encode() for _ in range(8)]
+    try:
+        waiting = set(burst)
+        while len(waiting) > 2:
+            _, waiting = await asyncio.wait(waiting, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        gate.set()
+    await asyncio.gather(runs, *waiting)
+    await engine.close()
+    refused = [task.exception() for task in burst if task not in waiting]
+    assert all(isinstance(error, Exhausted) for error in refused)
+    assert len(decoded) == 3  # the one that runs, and two that wait
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,16 @@ def test_what_is_taken_out_costs_nothing_any_more():
         queue.pop()
 
 
+def test_what_is_discarded_costs_nothing_and_all_else_keeps_its_turn():
+    queue = FairQueue()
+    for number in range(3):
+        queue.push("a", f"a{number}", 10)
+        queue.push("b", f"b{number}", 10)
+    queue.discard(lambda item: item in {"a0", "a1", "b2"})
+    assert (len(queue), queue.cost) == (3, 30)
+    assert [queue.pop() for _ in range(3)] == ["a2", "b0", "b1"]
+
+
 def test_room_is_made_at_the_cost_of_whoever_has_most_and_newest_first():
     queue = queue_of(*[("a", 2)] * 5, ("b", 2))
     assert queue.make_room("c", 3, 12) == ["a5", "a4"]

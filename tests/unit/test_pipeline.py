@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator
 
 import pytest
+import torch
 
-from hiprune import telemetry
+from hiprune import devices, telemetry
 from hiprune.errors import InvalidInput, Unavailable
 from hiprune.v1 import llm_service_pb2
 from services.llm.engines.base import Job, Step
 from services.llm.pipeline import LanguageModel
-from services.llm.process import load
+from services.llm.process import LlmService, load
 from services.llm.settings import Settings
 
 
@@ -52,6 +54,30 @@ async def test_an_answer_that_breaks_off_is_an_error_and_not_a_short_answer(mode
     for tokens in (0, 3):
         with pytest.raises(Unavailable, match="in the middle of the answer"):
             await events(dataclasses.replace(model, engine=Leaving(model.engine, tokens)))
+
+
+async def test_a_gpu_that_is_lost_is_noticed_wherever_it_was_at_work(model, monkeypatch):
+    def synchronize(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    class Broken(Leaving):
+        async def generate(self, job):
+            raise RuntimeError("in the language model")
+            yield
+
+        def embed(self, token_ids):
+            if self._tokens == 0:
+                raise RuntimeError("in the embeddings")
+            return self._engine.embed(token_ids)
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    service = LlmService(Settings.read([], {}))
+    for tokens, where in ((9, "language model"), (0, "embeddings")):
+        watch = devices.Watch(torch.device("cuda"))
+        service._model = dataclasses.replace(model, engine=Broken(model.engine, tokens), watch=watch)
+        with pytest.raises(RuntimeError, match=where):
+            await events(service._model)
+        assert "cuda takes no more work" in await asyncio.wait_for(service.failed(), 5)
 
 
 async def test_positions_beyond_what_an_engine_takes_are_refused_with_the_bound(model):

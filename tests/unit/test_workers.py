@@ -64,7 +64,7 @@ async def test_a_turn_lasts_as_long_as_its_work_and_not_as_its_client():
 
     def work(is_wanted) -> None:
         begun.set()
-        gate.wait()
+        gate.wait(20)
         seen.append(is_wanted())
 
     seen: list[bool] = []

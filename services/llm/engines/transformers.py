@@ -19,7 +19,6 @@ from typing import Any, Final
 
 import torch
 
-from hiprune import devices
 from hiprune.loading import load_part
 from services.llm.engines.base import POSITIONS_END, Job, Step
 from services.llm.engines.defaults import deterministic, end_tokens
@@ -49,7 +48,6 @@ class TransformersEngine:
         self._path = path
         self._language = language
         self._placement = placement
-        self._watch = devices.Watch(placement.device)
         self._pool = ThreadPoolExecutor(max_concurrency, thread_name_prefix="generate")
         self._running: set[threading.Event] = set()
         self._model: Any = None
@@ -73,10 +71,6 @@ class TransformersEngine:
         await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
         self._model = None
 
-    async def failed(self) -> str:
-        """See `hiprune.server.CanFail`."""
-        return await self._watch.failed()
-
     @torch.no_grad()
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
         """Input embeddings, (T, H)."""
@@ -92,13 +86,8 @@ class TransformersEngine:
         relay = _Relay(lambda token: _post(loop, arrived.put_nowait, token))
 
         def work() -> None:
-            if stopped.is_set():
-                return
-            try:
+            if not stopped.is_set():
                 self._generate(job, relay, stopped)
-            except RuntimeError:
-                self._watch.look()
-                raise
 
         def ended(work: asyncio.Future[None]) -> None:
             arrived.put_nowait(None)
