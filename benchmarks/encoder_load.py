@@ -1,6 +1,6 @@
 """Claim: the encoder service keeps up with its own tower, and under overload refuses and loses nothing.
 
-    python -m benchmarks.encoder_load [--device cuda] [--clients 32] [--images 64]
+    python -m benchmarks.encoder_load [--device cuda] [--clients 32] [--images 32]
 
 - Closed loop: the real encoder process on a Unix socket with a tower of CLIP-L/14-336's size and 32 clients,
   each of whom sends its next image when it has its answer; in turn with one loop over the same files that

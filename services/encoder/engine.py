@@ -92,9 +92,10 @@ class VisionEngine:
         submitted_s = time.perf_counter()
         started: list[float] = []
         try:
-            outcome = await self._batcher.submit(
-                job, owner, on_start=lambda: started.append(time.perf_counter())
-            )
+            async with self._watch.looking():
+                outcome = await self._batcher.submit(
+                    job, owner, on_start=lambda: started.append(time.perf_counter())
+                )
         except BaseException as error:
             at_s = started[0] if started else time.perf_counter()
             telemetry.record("queue", submitted_s, at_s - submitted_s, error=None if started else error)
@@ -178,11 +179,6 @@ class VisionEngine:
         telemetry.observe("hiprune.batch.items", len(jobs))
         telemetry.observe("hiprune.batch.patches", sum(job.prepared.patches for job in jobs))
         layers = frozenset().union(*(job.layers for job in jobs))
-        wanted = [job.prepared for job in jobs], layers, [job.aligned for job in jobs]
         with telemetry.noting() as captured:
-            try:
-                items = self._tower.encode(*wanted)
-            except RuntimeError:
-                self._watch.look()
-                raise
+            items = self._tower.encode([job.prepared for job in jobs], layers, [job.aligned for job in jobs])
         return [(views, captured) for views in items]

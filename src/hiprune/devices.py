@@ -45,7 +45,7 @@ class Watch:
         self._device = device
         self._reason = ""
 
-    def look(self) -> None:
+    def _look(self) -> None:
         """After an error, on any thread: was it the work's, or is the device lost?"""
         if self._device.type != "cuda":
             return
@@ -61,7 +61,7 @@ class Watch:
         try:
             yield
         except RuntimeError:
-            await asyncio.to_thread(self.look)
+            await asyncio.to_thread(self._look)
             raise
 
     async def failed(self) -> str:

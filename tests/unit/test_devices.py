@@ -10,9 +10,11 @@ import torch
 
 from hiprune import checkpoints, devices
 from hiprune.config import EMBEDDED_MODEL, ConfigError
+from hiprune.telemetry import start_clock
+from hiprune.v1 import media_pb2
 from services.encoder import process as encoder
 from services.encoder.engine import VisionEngine
-from services.encoder.families import load_tower
+from services.encoder.families import Prepared, load_tower
 from services.encoder.settings import Settings as EncoderSettings
 from services.llm import process as llm
 from services.llm.placement import Placement
@@ -130,15 +132,22 @@ async def test_an_encoder_whose_gpu_is_lost_says_so_and_one_whose_memory_is_full
     class Tower:
         device = torch.device("cuda", 1)
 
+        def patches(self, *_: object) -> int:
+            return 1
+
+        def prepare(self, *_: object) -> Prepared:
+            return Prepared(torch.zeros(1), 1)
+
         def encode(self, *_: object) -> None:
             raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    picture = media_pb2.Media(image=(EMBEDDED_MODEL.parents[1] / "samples" / "scene00.png").read_bytes())
     engine = VisionEngine(Tower(), EncoderSettings())  # type: ignore[arg-type]
     for reason in ("", "an illegal memory access was encountered"):
         lost.extend([reason] if reason else [])
         with pytest.raises(RuntimeError, match="out of memory"):
-            engine._run([])
+            await engine.encode(picture, [], aligned=False, clock=start_clock())
         failing = asyncio.create_task(engine.failed())
         await asyncio.sleep(0.02)
         assert failing.done() is bool(reason)
